@@ -1,0 +1,1058 @@
+"""Intervention GAN (IVGAN) and its baselines, in one file.
+
+    Jiadong Liang, Liangyu Zhang, Cheng Zhang, Zhihua Zhang.
+    "Intervention Generative Adversarial Networks." arXiv:2008.03712, 2020.  Sections, equations, tables: this version's.
+
+The idea. A GAN's Jensen-Shannon divergence is flat while real and generated images do not overlap, so its gradient says
+little. IVGAN adds an encoder E and asks more of the pair (E, G). It encodes a real image, w = E(x), replaces one of k blocks
+of w by fresh Gaussian noise (an *intervention* O_i, which leaves N(0, I) as it is) and decodes G(O_i(w)). A classifier f
+must name the replaced block. If E(x) were N(0, I), no classifier could: so E and G are trained to fool f. That loss is a
+k-way Jensen-Shannon divergence (Theorem 3), whose k distributions overlap where the two of a GAN do not (Example 1). Two
+l1 reconstructions keep E and G inverse to each other (Eq. 6). f is D's trunk with a second head, so it costs little.
+
+Notation.   paper           here          shape
+            x ~ p_real      x             (B, C, S, S) in [-1, 1]
+            z ~ p_z         z             (B, d), N(0, I), d = latent = 100
+            w = E(x)        w             (B, d)
+            i_j in [k]      index         (B,), one block per sample
+            O_i(w)          w_i           (B, d)
+            x' = G(O_i(w))  x_i           (B, C, S, S)
+            D, f            D(x)          logits (B,) and (B, k): one trunk, two heads
+            lambda, mu      lam, mu       .25, .5 in G's and D's loss; lam_e, mu_e = 1, 1 in E's (Sec. 5)
+
+Algorithm 1 (one call of `IVGAN.step`).
+    w = E(x); x_i = G(O_i(w)); x_z = G(z)                                    lines 2-8, forwards made once and shared
+    D, f:  minimise  L_adv(D) + mu V_class                                   lines 9-12
+    G:     minimise  L_adv(G) + lam L_recon + mu L_IV,  L_IV = -V_class      lines 13-15
+    E:     minimise         lam_e L_recon + mu_e L_IV                        lines 16-17
+
+Where this file departs from the paper, or had to choose (D1...):
+  D1  f has k classes and i runs over 1..k; the paper prints "i = 1..d/k". One index is drawn per sample (Alg. 1); the
+      authors' code draws one per batch.
+  D2  Table 1 prints BN after D's first convolution: default (`--d-norm table1`). The authors' code and DCGAN have none there
+      (`--d-norm dcgan`). WGAN-GP's own paper forbids BN in the critic (`--d-norm none`); Sec. 5 wants one architecture for all.
+  D3  E *maximises* the cross entropy (Eq. 3, Alg. 1); the authors' code lets it minimise it and gives it no
+      reconstruction term: `--e-sign code`.
+  D4  One update each of D, G, E per iteration (paper silent); the authors' code makes ten of E: `--e-steps 10`.
+  D5  ||.||_1 of Eq. (6) is the mean absolute error: summed over 12,288 pixels it would drown the other terms.
+  D6  In Eq. (6) z is E(x), as everywhere else in Sec. 3, so x_i serves the second reconstruction and the classifier both.
+  D7  Instance noise (Sec. 5: "variance is decayed", no numbers): the authors' standard deviations, at the same fractions of
+      training as theirs of 400 epochs; on real and generated images, IV models only. `--noise 0` switches it off.
+  D8  The authors' code uses Adam 2e-4 / 1e-2 on CIFAR-10: `--lr 2e-4` (E's rate keeps the paper's ratio of 50).
+  D9  MRGAN: L_G + .25 ||x - G(E(x))||_1 + .25 [-log D(G(E(x)))]; the authors' code has the last sign reversed.
+  D10 WGAN (RMSprop 5e-5, clip .01) and WGAN-GP (Adam 1e-4, betas (0, .9), penalty 10) use their own papers' settings; G moves
+      every fifth step, so that each critic step sees a fresh batch.
+  D11 Adversarial losses of D are averaged over the 2n real and generated images (Alg. 1, line 10: alpha / 2n).
+
+Run it.  python ivgen.py                                      IVLSGAN on drawn digits, offline, minutes on two cores
+         python ivgen.py --dataset cifar10                    the paper's recipe: 64 x 64, 400 epochs
+         python ivgen.py --dataset cifar10 --model wgan-gp    ... one of the seven systems of Table 2
+         python ivgen.py --dataset cifar10 --k 10 --mu 1      ... a cell of Table 4
+         python ivgen.py --dataset stacked-mnist              modes and KL of Table 3
+What to expect: README.md, with the command and the protocol of each number.
+"""
+
+import argparse
+import copy
+import dataclasses
+import datetime
+import itertools
+import json
+import math
+import os
+import pathlib
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+FILE = "ivgen"
+
+# ======================================================================================================================
+# Settings
+# ======================================================================================================================
+
+
+@dataclasses.dataclass
+class Config:
+    """Every setting of a run. The values below are the paper's (Sec. 5), for IVLSGAN."""
+
+    model: str = "ivlsgan"
+    dataset: str = "digits"
+    root: str = "data"
+    size: int = 64                  # Sec. 5: "all input images are resized to have 64x64 pixels"
+    channels: int = 3               # set from the data
+    width: int = 64                 # Table 1: channels after the first convolution
+    latent: int = 100               # Sec. 5: 100-dimensional standard Gaussian
+    batch: int = 64                 # author code
+    epochs: float = 400             # author code; `steps` wins where it is given
+    steps: int = 0
+    base: str = "lsgan"             # adversarial loss: lsgan, dcgan, wgan, wgan-gp
+    k: int = 4                      # Sec. 5; Table 4 varies it
+    mu: float = 0.5                 # Sec. 5, training G and D; Table 4 varies it
+    lam: float = 0.25               # Sec. 5, training G and D
+    mu_e: float = 1.0               # Sec. 5, training E
+    lam_e: float = 1.0              # Sec. 5, training E
+    mode_regularised: bool = False  # MRGAN's two terms in place of IVGAN's (D9)
+    e_steps: int = 1                # D4
+    e_sign: str = "paper"           # D3
+    d_norm: str = "table1"          # D2
+    critic_steps: int = 1           # D10: steps of D per step of G
+    lr: float = 1e-4                # Sec. 5: D, f, G
+    lr_e: float = 5e-3              # Sec. 5: E
+    beta1: float = 0.5              # Sec. 5
+    beta2: float = 0.999            # Sec. 5
+    noise: float = 1.0              # D7: scale of the schedule below
+    noise_schedule: tuple = ()      # (fraction of training, standard deviation), ...
+    ema: float = 0.0                # decay of an average of G's weights, 0 for none: the paper has none
+    seed: int = 0
+    amp: str = "auto"
+    compile: bool = False
+    eval_every: int = 0             # steps; 0: ten epochs (Table 2) or a twelfth of the run, whichever is less
+    samples: int = 10_000           # generated images a metric is computed from
+    inception: str = ""             # weights for fid: a path, "auto" to download, "" for none
+
+    def check(self):
+        """Raises UserError, in one sentence, for settings that cannot work."""
+        if self.model not in MODELS:
+            raise UserError(f"--model {self.model} is not one of {', '.join(MODELS)}")
+        if self.size < 32 or self.size & (self.size - 1):
+            raise UserError(f"--size {self.size} is not a power of two from 32 up (the networks halve it down to 4)")
+        if self.k < 2 or self.latent % self.k:
+            raise UserError(f"--k {self.k} does not divide the latent dimension {self.latent} into blocks (2 or more)")
+        for name, least in (("batch", 2), ("width", 1), ("latent", 2), ("e_steps", 1), ("samples", 2), ("epochs", 1e-9)):
+            if not getattr(self, name) >= least:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} is too small")
+        for name in ("mu", "lam", "lr", "noise"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UserError(f"--{name} {getattr(self, name)} must be a number from 0 up")
+        if not 0 <= self.ema < 1:
+            raise UserError(f"--ema {self.ema} must lie in [0, 1)")
+        if self.compile and self.base == "wgan-gp":
+            raise UserError("--compile cannot be used with wgan-gp: its penalty differentiates twice, torch.compile once")
+
+
+LSGAN_NOISE = ((0, .05), (.125, .01), (.25, .001), (.5, 0.))       # author code: epochs 0, 50, 100, 200 of 400
+DCGAN_NOISE = ((0, .05), (.25, .01), (.5, .003), (.75, .001))      # author code: epochs 0, 100, 200, 300 of 400
+PLAIN = dict(mu=0., lam=0., mu_e=0., lam_e=0.)                     # no encoder, no classifier: what is left is the GAN
+MODELS = {  # Table 2, row by row: what each changes of Config
+    "dcgan": dict(base="dcgan", **PLAIN),
+    "lsgan": dict(base="lsgan", **PLAIN),
+    "wgan": dict(base="wgan", critic_steps=5, lr=5e-5, **PLAIN),
+    "wgan-gp": dict(base="wgan-gp", critic_steps=5, lr=1e-4, beta1=0., beta2=.9, **PLAIN),
+    "mrgan": dict(base="dcgan", mode_regularised=True, mu=.25, lam=.25, mu_e=.25, lam_e=.25),
+    "ivdcgan": dict(base="dcgan", noise_schedule=DCGAN_NOISE),
+    "ivlsgan": dict(base="lsgan", noise_schedule=LSGAN_NOISE),
+}
+DATASETS = {  # what a data set changes of Config; the paper's settings are Config itself
+    "digits": dict(size=32, width=32, steps=2400, eval_every=800, lr=2e-4, lr_e=2e-3),        # ours: minutes on two cores
+    "stacked-digits": dict(size=32, width=32, steps=20_000, samples=26_000),   # ours
+    "stacked-mnist": dict(steps=100_000, samples=26_000),           # Table 3: 100K iterations; 26,000 samples: PacGAN
+    "lsun-church": dict(epochs=100),                                # ours: 126,227 images
+    "celeba": dict(epochs=100),                                     # ours: 202,599 images
+}
+FID_SAMPLES = {"mnist": 60_000, "fashion-mnist": 60_000}            # Table 2's protocol; 50,000 for the others
+LOG_EVERY, SAVE_EVERY = 50, 500                                     # steps
+GREY = ("digits", "mnist", "fashion-mnist")
+
+
+def preset(model=None, dataset=None):
+    """Config for one model on one data set: the paper's values, then the data set's, then the model's."""
+    model, dataset = model or Config.model, dataset or Config.dataset
+    if model not in MODELS:
+        raise UserError(f"--model {model} is not one of {', '.join(MODELS)}")
+    config = dataclasses.replace(Config(model=model, dataset=dataset), **DATASETS.get(dataset, {}))
+    return dataclasses.replace(config, **MODELS[model])
+
+
+# ======================================================================================================================
+# Interventions (Definitions 1 and 2)
+# ======================================================================================================================
+
+
+def block_substitute(z, index, k, noise):
+    """O_i of Sec. 3, "block substitution": block `index` of `z`, one of k equal blocks, replaced by the same block of `noise`.
+
+    z, noise: (B, d); index: (B,) integers in 0..k-1, one block per sample. Returns (B, d); differentiable in z.
+    N(0, I) in gives N(0, I) out. Raises ValueError if k does not divide d.
+    """
+    d = z.shape[1]
+    if k < 1 or d % k:
+        raise ValueError(f"{k} blocks do not divide a code of {d} dimensions evenly")
+    block = torch.arange(d, device=z.device) // (d // k)            # (d,): the block each coordinate belongs to
+    return torch.where(block == index[:, None], noise, z)
+
+
+# ======================================================================================================================
+# Networks (Table 1, for 64 x 64 pixels; one stage fewer or more for 32, 128, ...)
+# ======================================================================================================================
+
+
+def stages(size):
+    """Number of stride-2 convolutions from `size` pixels down to 4: four for the paper's 64."""
+    return size.bit_length() - 3
+
+
+def init_weights(module):
+    """DCGAN's: weights N(0, .02), BN weights N(1, .02), biases 0 (FC layers, on which all are silent, as convolutions)."""
+    if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+        nn.init.normal_(module.weight, 0., .02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
+        nn.init.normal_(module.weight, 1., .02)
+        nn.init.zeros_(module.bias)
+
+
+def convolutions(channels, size, width, norm_first, norm=True):
+    """The four CONV(K4, S2) stages that D and E share in form: (B, C, S, S) -> (B, width * 2^(n-1), 4, 4)."""
+    layers, c_in = [], channels
+    for n in range(stages(size)):
+        has_norm, c_out = norm and (n > 0 or norm_first), width << n
+        layers += [nn.Conv2d(c_in, c_out, 4, 2, 1, bias=not has_norm)]  # padding 1: S -> S / 2
+        layers += [nn.BatchNorm2d(c_out)] if has_norm else []
+        layers += [nn.LeakyReLU(.2, inplace=True)]
+        c_in = c_out
+    return nn.Sequential(*layers)
+
+
+class Generator(nn.Sequential):
+    """G of Table 1: z (B, d) -> images (B, C, S, S) in [-1, 1]."""
+
+    def __init__(self, latent=100, channels=3, size=64, width=64):
+        c = width << (stages(size) - 1)                             # 512 at the paper's width and size
+        layers = [nn.Unflatten(1, (latent, 1, 1)), nn.ConvTranspose2d(latent, c, 4, 1, 0, bias=False)]  # 1 -> 4
+        for _ in range(stages(size) - 1):
+            layers += [nn.BatchNorm2d(c), nn.ReLU(inplace=True), nn.ConvTranspose2d(c, c // 2, 4, 2, 1, bias=False)]
+            c //= 2
+        layers += [nn.BatchNorm2d(c), nn.ReLU(inplace=True), nn.ConvTranspose2d(c, channels, 4, 2, 1), nn.Tanh()]
+        super().__init__(*layers)
+        self.apply(init_weights)
+
+
+class Discriminator(nn.Module):
+    """D of Table 1 with f as a second head: images (B, C, S, S) -> real/fake logit (B,) and block logits (B, k)."""
+
+    def __init__(self, channels=3, size=64, width=64, k=4, norm="table1"):
+        super().__init__()
+        self.trunk = convolutions(channels, size, width, norm_first=norm == "table1", norm=norm != "none")
+        features = (width << (stages(size) - 1)) * 4 * 4
+        self.real, self.block = nn.Linear(features, 1), nn.Linear(features, k)
+        self.apply(init_weights)
+
+    def forward(self, x):
+        h = self.trunk(x).flatten(1)                                # (B, 8 width, 4, 4) -> (B, 128 width)
+        return self.real(h).squeeze(1).float(), self.block(h).float()
+
+
+class Encoder(nn.Sequential):
+    """E of Table 1: images (B, C, S, S) -> codes (B, d), each coordinate normalised over the batch by the last BN."""
+
+    def __init__(self, latent=100, channels=3, size=64, width=64):
+        c = width << (stages(size) - 1)
+        super().__init__(*convolutions(channels, size, width, norm_first=False),
+                         nn.Conv2d(c, latent, 4, 2, 0, bias=False),  # Table 1's CONV(K4, S2, O100): 4 -> 1
+                         nn.Flatten(), nn.BatchNorm1d(latent, affine=False))
+        self.apply(init_weights)
+
+
+# ======================================================================================================================
+# Losses (one function per equation; all return a scalar to be minimised)
+# ======================================================================================================================
+
+
+def adversarial_loss_d(base, real, fake):
+    """L_adv(D), a mean over 2n images (D11). real, fake: D's logits (B,).
+
+    dcgan: Eq. (1), negated. lsgan: targets a = 1 for real, b = -1 for fake (author code). wgan, wgan-gp: the critic's
+    negated Wasserstein estimate (no 1/2: its own paper's scale, against which the penalty of 10 is set).
+    """
+    if base == "dcgan":
+        return (F.softplus(-real).mean() + F.softplus(fake).mean()) / 2     # -log sigmoid(v) = softplus(-v)
+    if base == "lsgan":
+        return ((real - 1).square().mean() + (fake + 1).square().mean()) / 2
+    return fake.mean() - real.mean()
+
+
+def adversarial_loss_g(base, fake):
+    """L_adv(G). fake: D's logits (B,). dcgan: non-saturating -log D. lsgan: 1/2 (D - c)^2 with c = 0 (author code)."""
+    if base == "dcgan":
+        return F.softplus(-fake).mean()
+    if base == "lsgan":
+        return fake.square().mean() / 2
+    return -fake.mean()
+
+
+def classification_loss(logits, index):
+    """V_class of Eq. (3): mean over the batch of -log f_i(x'). logits (B, k), index (B,). L_IV = -min_f V_class."""
+    return F.cross_entropy(logits, index)
+
+
+def reconstruction_loss(x_hat, x):
+    """One of Eq. (6)'s two l1 terms, as a mean per element (D5). Any equal shapes."""
+    return (x_hat.float() - x.float()).abs().mean()
+
+
+def gradient_penalty(critic, real, fake):
+    """WGAN-GP: E[(||grad_x critic(x)|| - 1)^2] at points between real and fake, (B, C, S, S) each."""
+    u = torch.rand(len(real), 1, 1, 1, device=real.device)
+    x = torch.lerp(fake.float(), real.float(), u).requires_grad_()
+    gradient, = torch.autograd.grad(critic(x)[0].sum(), x, create_graph=True)
+    return (gradient.flatten(1).norm(dim=1) - 1).square().mean()
+
+
+def multi_js(densities, weights=None):
+    """Eq. (2): JS_pi(p_1..p_n) = H(sum pi_i p_i) - sum pi_i H(p_i), in nats, of n discrete distributions (n, m).
+
+    Not used in training, where f estimates it (Theorem 3): here for the tests and for the reader.
+    """
+    n = len(densities)
+    weights = torch.full((n,), 1 / n, dtype=densities.dtype) if weights is None else weights
+    entropy = lambda p: -torch.special.xlogy(p, p).sum(-1)
+    return entropy(weights @ densities) - (weights * entropy(densities)).sum()
+
+
+# ======================================================================================================================
+# The model
+# ======================================================================================================================
+
+
+class IVGAN(nn.Module):
+    """IVLSGAN, IVDCGAN and Table 2's baselines: the same class, with terms switched off by `config`.
+
+    Four verbs: `step(x)`, one iteration of Algorithm 1; `sample(n)`; `encode(x)`; `decode(z)`.
+    """
+
+    def __init__(self, config, machine=None):
+        super().__init__()
+        self.config, self.machine, self.iteration = config, machine or Machine(), 0
+        c, m = config, self.machine
+        self.G = Generator(c.latent, c.channels, c.size, c.width)
+        self.D = Discriminator(c.channels, c.size, c.width, c.k, c.d_norm)
+        self.E = Encoder(c.latent, c.channels, c.size, c.width) if max(c.mu, c.lam, c.mu_e, c.lam_e) > 0 else None
+        self.average = copy.deepcopy(self.G).requires_grad_(False) if c.ema else None
+        self.to(m.device, memory_format=torch.channels_last)
+        adam = dict(betas=(c.beta1, c.beta2), fused=m.device.type in ("cpu", "cuda"))
+        if c.base == "wgan":
+            make = lambda net: torch.optim.RMSprop(net.parameters(), c.lr)
+        else:
+            make = lambda net: torch.optim.Adam(net.parameters(), c.lr, **adam)
+        self.optimisers = {"D": make(self.D), "G": make(self.G)}
+        if self.E is not None:
+            self.optimisers["E"] = torch.optim.Adam(self.E.parameters(), c.lr_e, **adam)
+
+    def get_extra_state(self):
+        return self.iteration                                       # the noise schedule's clock is part of a checkpoint
+
+    def set_extra_state(self, iteration):
+        self.iteration = iteration
+
+    def noisy(self, x):
+        """Instance noise on what D sees (Sec. 5; D7)."""
+        done = self.iteration / max(self.config.steps, 1)
+        std = self.config.noise * next((s for at, s in reversed(self.config.noise_schedule) if done >= at), 0.)
+        return x + std * torch.randn_like(x) if std else x
+
+    def intervene(self, w):
+        """Alg. 1, lines 6-8: noise, one block per sample, substitution. (B, d) -> (B, d), index (B,)."""
+        index = torch.randint(self.config.k, (len(w),), device=w.device)
+        return block_substitute(w, index, self.config.k, torch.randn_like(w)), index
+
+    def forwards(self, x, prior=True):
+        """Alg. 1, lines 2-8, once for D's, G's and E's losses. Images carry the graph back to G and E."""
+        c, out = self.config, {}
+        if prior:
+            out["x_z"] = self.G(torch.randn(len(x), c.latent, device=x.device))
+        if self.E is not None:
+            w = self.E(x)                                           # (B, C, S, S) -> (B, d)
+            out["x_w"] = self.G(w)                                  # the reconstruction G(E(x))
+            if not c.mode_regularised:
+                out["w_i"], out["index"] = self.intervene(w)
+                out["x_i"] = self.G(out["w_i"])                     # x' = G(O_i(E(x)))
+        return out
+
+    def step(self, x):
+        """One iteration of Algorithm 1 on images x (B, C, S, S) in [-1, 1]. Returns its losses as scalars."""
+        c, m, move_g = self.config, self.machine, (self.iteration + 1) % self.config.critic_steps == 0
+        x = x.to(memory_format=torch.channels_last)
+        with m.autocast(), torch.set_grad_enabled(move_g):
+            images = self.forwards(x)
+        losses = self.step_d(x, images)                             # before D's forwards below: a forward whose weights
+        if move_g:                                                  # have since moved has no gradient to give
+            losses |= self.step_g_and_e(x, images)
+            for _ in range(c.e_steps - 1 if self.E is not None else 0):  # D4: E has moved, so its codes are new
+                with m.autocast():
+                    images = self.forwards(x, prior=False)
+                losses |= self.step_g_and_e(x, images)
+            self.update_average()
+        m.end_step()
+        self.iteration += 1
+        return losses
+
+    def step_d(self, x, images):
+        """Alg. 1, lines 9-12: D down L_adv, and f (D's second head, so the trunk too) down mu V_class."""
+        c, m, params = self.config, self.machine, list(self.D.parameters())
+        real, fake = self.noisy(x), self.noisy(images["x_z"].detach())
+        with m.autocast():
+            losses = {"d_adv": adversarial_loss_d(c.base, self.D(real)[0], self.D(fake)[0])}
+            total = losses["d_adv"]
+            if "x_i" in images:
+                losses["f_ce"] = classification_loss(self.D(images["x_i"].detach())[1], images["index"])
+                total = total + c.mu * losses["f_ce"]               # gradient descent on -log f: f learns to tell
+            if c.base == "wgan-gp":
+                losses["d_gp"] = gradient_penalty(self.D, real, fake)
+                total = total + 10 * losses["d_gp"]                 # D10
+        m.apply(self.optimisers["D"], params, m.gradients(total, params))
+        if c.base == "wgan":
+            with torch.no_grad():
+                torch._foreach_clamp_min_(params, -.01)             # D10: the clipping that keeps the critic Lipschitz
+                torch._foreach_clamp_max_(params, .01)
+        return losses
+
+    def step_g_and_e(self, x, images):
+        """Alg. 1, lines 13-17: Eq. (11) for G, and its last two terms, in E's own weights, for E.
+
+        Both gradients come from the same forwards, and each only reaches its own network, so that no update leaks.
+        Without the prior's images (a further step of E) G stays where it is.
+        """
+        c, m, losses = self.config, self.machine, {}
+        with m.autocast():
+            total_g = total_e = 0.
+            if "x_z" in images:
+                losses["g_adv"] = total_g = adversarial_loss_g(c.base, self.D(self.noisy(images["x_z"]))[0])
+            if self.E is not None:
+                losses["rec_x"] = recon = reconstruction_loss(images["x_w"], x)             # Eq. (6), first term
+                if c.mode_regularised:                                                      # MRGAN (D9)
+                    losses["mode"] = extra = adversarial_loss_g("dcgan", self.D(images["x_w"])[0])
+                else:
+                    losses["rec_z"] = reconstruction_loss(self.E(images["x_i"]), images["w_i"])  # Eq. (6), second term
+                    recon = recon + losses["rec_z"]
+                    losses["iv"] = extra = -classification_loss(self.D(images["x_i"])[1], images["index"])  # Eq. (3)
+                total_g = total_g + c.lam * recon + c.mu * extra                            # Eq. (11)
+                total_e = c.lam_e * recon + c.mu_e * extra if c.e_sign == "paper" else -c.mu_e * extra  # D3
+        g, e = list(self.G.parameters()), list(self.E.parameters()) if self.E is not None else []
+        grads_g = m.gradients(total_g, g, retain=bool(e)) if "x_z" in images else []
+        grads_e = m.gradients(total_e, e) if e else []
+        if grads_g:
+            m.apply(self.optimisers["G"], g, grads_g)
+        if grads_e:
+            m.apply(self.optimisers["E"], e, grads_e)
+        return losses
+
+    def update_average(self):
+        """G's exponential moving average (`--ema`; ours, off by default)."""
+        if self.average is not None:
+            torch._foreach_lerp_(list(self.average.parameters()), list(self.G.parameters()), 1 - self.config.ema)
+            for mean, now in zip(self.average.buffers(), self.G.buffers()):
+                mean.copy_(now)
+
+    def infer(self, network, x):
+        """`network(x)` in evaluation mode, without a graph, in float32 out."""
+        training, _ = network.training, network.eval()
+        with torch.no_grad(), self.machine.autocast():
+            y = network(x)
+        network.train(training)
+        return y.float()
+
+    def decode(self, z):
+        """Codes (n, d) -> images (n, C, S, S) in [-1, 1]."""
+        return self.infer(self.G if self.average is None else self.average, z.to(self.machine.device))
+
+    def sample(self, n):
+        """n images (n, C, S, S) in [-1, 1] from the prior."""
+        return self.decode(torch.randn(n, self.config.latent, device=self.machine.device))
+
+    def encode(self, x):
+        """Images (n, C, S, S) in [-1, 1] -> codes (n, d). Raises ValueError for a model without an encoder."""
+        if self.E is None:
+            raise ValueError(f"{self.config.model} has no encoder")
+        return self.infer(self.E, x.to(self.machine.device, memory_format=torch.channels_last))
+
+
+# ======================================================================================================================
+# Figures
+# ======================================================================================================================
+
+
+def save_grid(path, x, columns=10):
+    """Images (n, C, S, S) in [-1, 1] as one picture, row by row."""
+    torchvision.utils.save_image(x.float().cpu(), path, nrow=columns, normalize=True, value_range=(-1, 1), padding=1)
+
+
+def draw_curves(path, curves, title):
+    """Figs. 4 and 7: {name: [(x, y), ...]} as line plots over one pair of axes, y from 0; a PNG, drawn with pillow."""
+    from PIL import Image, ImageDraw
+
+    wide, high, left, base, top = 640, 400, 60, 370, 30
+    colours = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#7f7f7f"]
+    points = [p for curve in curves.values() for p in curve]
+    x_max, y_max = max(p[0] for p in points) or 1, max(p[1] for p in points) or 1
+    place = lambda p: (left + p[0] / x_max * (wide - left - 20), base - p[1] / y_max * (base - top))
+    picture = Image.new("RGB", (wide, high), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.text((left, 8), title, fill="black")
+    for part in (0, .25, .5, .75, 1):
+        (_, y), (x, _) = place((0, part * y_max)), place((part * x_max, 0))
+        draw.line((left, y, wide - 20, y), fill="#dddddd")
+        draw.text((6, y - 6), f"{part * y_max:.4g}", fill="black")
+        draw.text((x - 8, base + 8), f"{part * x_max:.4g}", fill="black")
+    for n, (name, curve) in enumerate(curves.items()):
+        draw.line([place(p) for p in curve], fill=colours[n % len(colours)], width=2)
+        draw.text((wide - 150, top + 14 * n), name, fill=colours[n % len(colours)])
+    picture.save(path)
+
+
+def figures(model, run, step, x):
+    """The pictures of one evaluation: x (n, C, S, S), fixed test images; the samples' noise is the same each time."""
+    n, d = 100, model.config.latent
+    noise = torch.randn(n, d, generator=torch.Generator().manual_seed(0))
+    save_grid(run.folder / f"samples/{step:06d}.png", model.decode(noise))                  # Figs. 5 and 6
+    if not (run.folder / "figures/real.png").exists():
+        save_grid(run.folder / "figures/real.png", x)                                       # Fig. 6, left
+    if model.E is None:
+        return
+    w = model.encode(x)
+    pairs = torch.stack([x.cpu(), model.decode(w).cpu()], dim=1).flatten(0, 1)
+    save_grid(run.folder / f"recon/{step:06d}.png", pairs[:n])                              # original, reconstruction, ...
+    w, k, rows = w[:10].cpu(), model.config.k, [x[:10].cpu(), model.decode(w[:10]).cpu()]
+    for i in range(k):                                                                      # Fig. 1: G(O_1(w)) .. G(O_k(w))
+        rows.append(model.decode(block_substitute(w, torch.full((10,), i), k, noise[:10])).cpu())
+    save_grid(run.folder / f"figures/interventions-{step:06d}.png", torch.stack(rows, dim=1).flatten(0, 1), columns=k + 2)
+
+
+# ======================================================================================================================
+# Plumbing: device, precision, ranks, checkpoints, log. The same text in ivgen.py, aim.py and latentmap.py (a test holds
+# the three equal); nothing between these two banners knows which paper it serves.
+# ======================================================================================================================
+
+
+class UserError(ValueError):
+    """A mistake the user can put right: ends the run with this one sentence on stderr and exit code 2."""
+
+
+class NotFinite(ArithmeticError):
+    """A loss became NaN or infinite: ends the run with the step and the term named and exit code 3."""
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM arrived and the run was saved: (message, signal number); exit code 128 + signal."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with its complaint as one sentence (exit code 2 comes from `run_cli`)."""
+
+    def error(self, message):
+        raise UserError(f"{message}; see --help")
+
+
+class Machine:
+    """Where and how the arithmetic runs: device, precision, ranks. A model asks four things of it: `autocast`,
+    `gradients`, `apply` and `end_step`. `Machine()` alone is one process on the CPU in float32, which is what a test or
+    a notebook wants.
+
+    device: "cpu", "cuda", "cuda:1", "auto" (CUDA where there is one). amp: "off", "bf16", "fp16", "auto" (bf16 where the
+    device multiplies it natively). Raises UserError for a device that is not there: never a silent run on the CPU.
+    """
+
+    def __init__(self, device="cpu", amp="off", seed=0):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise UserError(f"--device {device}: this machine has no usable CUDA device; use --device cpu")
+        try:
+            self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device)
+            torch.empty(1, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from None
+        cuda = self.device.type == "cuda"
+        if cuda:
+            torch.cuda.set_device(self.device)
+            torch.backends.cudnn.benchmark = True           # fixed shapes: let cuDNN pick its fastest convolution once
+            torch.set_float32_matmul_precision("high")      # tf32 for what stays in float32
+        if self.world > 1 and not dist.is_initialized():
+            # rank 0 evaluates while the others wait, hence the long timeout
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=4))
+        if amp == "auto":
+            native = torch.cuda.is_bf16_supported() if cuda else getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+            amp = "bf16" if native else "off"
+        self.amp, self.dtype = amp, {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
+        self.seed = seed
+        torch.manual_seed(seed)                             # the same on all ranks, so that all build the same weights
+
+    def seed_ranks(self):
+        """Gives every rank its own noise, once the networks (equal on all) are built."""
+        torch.manual_seed(self.seed + 1000 * self.rank)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
+
+    def gradients(self, loss, params, retain=False):
+        """d loss / d params as a list, None where the loss does not reach. Never touches another parameter's .grad, so
+        that what moves is decided here, per network, and not by who called zero_grad when."""
+        return torch.autograd.grad(self.scaler.scale(loss), params, retain_graph=retain, allow_unused=True)
+
+    def apply(self, optimiser, params, grads):
+        """One optimiser step with `grads`, averaged over ranks (the mean loss over the joint batch)."""
+        reached = [(p, g) for p, g in zip(params, grads) if g is not None]
+        if self.world > 1:
+            flat = torch.cat([g.reshape(-1) for _, g in reached])
+            dist.all_reduce(flat)
+            pieces = (flat / self.world).split([g.numel() for _, g in reached])
+            reached = [(p, piece.view_as(g)) for (p, g), piece in zip(reached, pieces)]
+        for p, g in reached:
+            p.grad = g
+        if reached:
+            self.scaler.step(optimiser)
+        optimiser.zero_grad(set_to_none=True)
+
+    def end_step(self):
+        self.scaler.update()
+
+    def agree(self, flag):
+        """True on every rank if `flag` is true on any: ranks must leave the loop at the same step."""
+        if self.world == 1:
+            return flag
+        flag = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag)
+
+    def barrier(self):
+        if self.world > 1:
+            dist.barrier()
+
+    def rng_state(self):
+        """[state of the generators] of every rank, as tensors (a checkpoint holds nothing else)."""
+        mine = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if self.device.type == "cuda" else [])
+        every = [None] * self.world
+        if self.world == 1:
+            return [mine]
+        dist.all_gather_object(every, mine)
+        return every
+
+    def set_rng_state(self, states):
+        if len(states) != self.world or len(states[self.rank]) != len(self.rng_state()[self.rank]):
+            return self.seed_ranks()                        # resumed on other hardware: no bit for bit to keep
+        torch.set_rng_state(states[self.rank][0])
+        for state in states[self.rank][1:]:
+            torch.cuda.set_rng_state(state)
+
+
+class Run:
+    """The folder of one run: config.json, log.jsonl, pictures, last.pt and best.pt, and the status line.
+
+    A new run moves an older one of the same name aside (NAME.1, NAME.2, ...), so nothing is ever overwritten.
+    Raises UserError if the folder cannot be written. On ranks other than 0 it writes nothing.
+    """
+
+    def __init__(self, folder, config, machine, resume=False):
+        self.folder, self.machine, self.main = pathlib.Path(folder), machine, machine.rank == 0
+        self.losses, self.began, self.since, self.shown, self.signal = [], time.time(), time.time(), 0.0, 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, frame: setattr(self, "signal", number))
+        if not self.main:
+            return
+        try:
+            if (self.folder / "config.json").exists() and not resume:
+                n = next(n for n in itertools.count(1) if not self.folder.with_name(f"{self.folder.name}.{n}").exists())
+                self.folder.rename(self.folder.with_name(f"{self.folder.name}.{n}"))
+                print(f"an earlier run was here: moved to {self.folder}.{n}", file=sys.stderr)
+            for name in ("samples", "recon", "figures"):
+                (self.folder / name).mkdir(parents=True, exist_ok=True)
+            self.log_file = open(self.folder / "log.jsonl", "a")
+        except OSError as error:
+            raise UserError(f"cannot write to the run folder {self.folder}: {error.strerror}; choose another with --out"
+                            ) from None
+        self.write_json("config.json", config | {"command": " ".join(sys.argv), "device": str(machine.device),
+                                                 "precision": machine.amp, "world": machine.world} | versions())
+
+    def write_json(self, name, content):
+        (self.folder / name).write_text(json.dumps(content, indent=1) + "\n")
+
+    def forget_after(self, step):
+        """Drops log lines past the checkpoint being resumed (and a line torn by a kill): they are about to be redone."""
+        if not self.main:
+            return
+        kept = []
+        for line in (self.folder / "log.jsonl").read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except ValueError:
+                pass
+        self.log_file.close()
+        (self.folder / "log.jsonl").write_text("".join(kept))
+        self.log_file = open(self.folder / "log.jsonl", "a")
+
+    def add(self, step, losses):
+        """Keeps one step's losses on the device: reading each at once would stall a GPU."""
+        self.losses += [(step, name, value.detach().float()) for name, value in losses.items()]
+
+    def flush(self):
+        """Mean losses since the last flush. Raises NotFinite with the first bad step and term; called before each save,
+        so that a checkpoint never holds weights from after a NaN."""
+        if not self.losses:
+            return {}
+        values, means = torch.stack([value for _, _, value in self.losses]).tolist(), {}
+        for (step, name, _), value in zip(self.losses, values):
+            if not math.isfinite(value):
+                raise NotFinite(f"step {step}: the loss '{name}' is {value}; the last good checkpoint is "
+                                f"{self.folder / 'last.pt'}")
+            means.setdefault(name, []).append(value)
+        self.losses = []
+        return {name: round(sum(v) / len(v), 6) for name, v in means.items()}
+
+    def log(self, step, **values):
+        if self.main:
+            self.log_file.write(json.dumps({"step": step} | values) + "\n")
+            self.log_file.flush()
+
+    def rate(self, images):
+        """Images per second since the last call."""
+        now, before = time.time(), self.since
+        self.since = now
+        return round(images * self.machine.world / max(now - before, 1e-9), 1)
+
+    def status(self, step, steps, start, text):
+        """One line rewritten in place on a terminal; elsewhere a line every half minute."""
+        now = time.time()
+        if not self.main or (not sys.stderr.isatty() and now - self.shown < 30 and step < steps):
+            return
+        self.shown = now
+        left = (now - self.began) / max(step - start, 1) * (steps - step)
+        line = f"step {step}/{steps}  {text}  {int(left) // 60}:{int(left) % 60:02d} left"
+        print(f"\r\033[K{line}" if sys.stderr.isatty() else line, end="" if sys.stderr.isatty() else "\n",
+              file=sys.stderr, flush=True)
+
+    def say(self, step, metrics):
+        """One line a person reads, at each evaluation."""
+        shown = {k: f"{v:.4g}" for k, v in metrics.items() if isinstance(v, (int, float))}
+        print(("\r\033[K" if sys.stderr.isatty() else "") + f"step {step}: " + "  ".join(f"{k} {v}" for k, v in shown.items()))
+        sys.stdout.flush()
+
+    def interrupted(self, step):
+        """True once Ctrl-C or SIGTERM has arrived; ranks agree on it every 20 steps, to leave at the same one."""
+        return self.machine.agree(self.signal > 0) if self.machine.world == 1 or step % 20 == 0 else False
+
+    def save(self, name, file, model, step, batches, config, best):
+        """Everything that resuming needs, as tensors and plain values; to a temporary name, then renamed."""
+        state = {"file": file, "model": config["model"], "config": config, "step": step, "best": best,
+                 "weights": model.state_dict(), "optimisers": {k: o.state_dict() for k, o in model.optimisers.items()},
+                 "scaler": self.machine.scaler.state_dict(), "batches": batches.state_dict(),
+                 "rng": self.machine.rng_state()}
+        if self.main:
+            torch.save(state, self.folder / f"{name}.tmp")
+            os.replace(self.folder / f"{name}.tmp", self.folder / name)
+
+    def close(self):
+        if self.main:
+            self.log_file.close()
+            if sys.stderr.isatty():
+                print(file=sys.stderr)
+
+
+def load_checkpoint(path, file):
+    """The checkpoint in a run's folder (or the .pt itself), as plain data on the CPU. Raises UserError if it is absent,
+    damaged, from another of the paper files, or a pickle that would run code (`weights_only`: refused, not run)."""
+    path = pathlib.Path(path)
+    path = path / "last.pt" if path.is_dir() or path.suffix != ".pt" else path
+    if not path.is_file():
+        raise UserError(f"--resume: there is no checkpoint {path}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(f"--resume: {path} is not a checkpoint of plain tensors and values, so it was refused") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError):
+        raise UserError(f"--resume: {path} is damaged or truncated; an older best.pt may still be whole") from None
+    keys = {"file", "model", "config", "step", "weights", "optimisers", "scaler", "batches", "rng", "best"}
+    if not isinstance(state, dict) or not keys <= set(state):
+        raise UserError(f"--resume: {path} is not a checkpoint of {file}.py")
+    if state["file"] != file:
+        raise UserError(f"--resume: {path} was written by {state['file']}.py, not by {file}.py")
+    return state
+
+
+def restore(state, model, batches, machine):
+    """Puts a checkpoint back. Raises UserError if the networks are not those it was saved from."""
+    try:
+        model.load_state_dict(state["weights"])
+        for name, optimiser in model.optimisers.items():
+            optimiser.load_state_dict(state["optimisers"][name])
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise UserError("--resume: the checkpoint's networks are of another shape than the settings ask for ("
+                        + str(error).strip().splitlines()[-1].strip() + ")") from None
+    machine.scaler.load_state_dict(state["scaler"])
+    if batches is not None:
+        batches.load_state_dict(state["batches"])
+        machine.set_rng_state(state["rng"])
+
+
+FREE = ("root", "steps", "epochs", "amp", "compile", "eval_every", "samples", "inception")  # may change on resuming
+
+
+def shared_flags(parser, models):
+    """The flags that mean the same in all three files. None where not given: the preset, or the resumed run, decides."""
+    for name, kind, text in (
+            ("model", str, ", ".join(models)), ("dataset", str, "a name (python data.py --help) or a folder of pictures"),
+            ("root", str, "where data sets lie or are downloaded to (data)"), ("steps", int, "training steps"),
+            ("epochs", float, "training length where --steps is not given"), ("batch", int, "images per step and rank"),
+            ("size", int, "pixels"), ("width", int, "channels of the first layer"), ("latent", int, "code dimensions"),
+            ("lr", float, "learning rate (networks with rates of their own keep the ratio)"), ("seed", int, "(0)"),
+            ("eval-every", int, "steps between evaluations"), ("samples", int, "generated images per evaluation"),
+            ("inception", str, "weights for fid: a path, or 'auto' to download")):
+        parser.add_argument(f"--{name}", type=kind, metavar="X", help=text)
+    parser.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), help="autocast (auto: bf16 where native)")
+    parser.add_argument("--compile", action="store_true", default=None, help="torch.compile the networks")
+    parser.add_argument("--device", default="auto", metavar="X", help="auto, cpu, cuda, cuda:1")
+    parser.add_argument("--out", metavar="DIR", help="folder of the run (runs/FILE-MODEL-DATASET-sSEED)")
+    parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
+    parser.add_argument("--sample", type=int, metavar="N", help="with --resume: only draw N samples into RUN/drawn")
+    parser.add_argument("--bench", type=int, metavar="N", help="only time N steps; prints JSON")
+
+
+def settings(args, state, preset):
+    """Config from the flags given: over the preset, or over a resumed run's own, of which only FREE may change.
+
+    A rate or weight whose companion has a value of its own ("lr" and "lr_e") takes the companion along, in proportion.
+    Raises UserError for a flag that asks for another model than the checkpoint holds.
+    """
+    if state is None:
+        config = preset(args["model"], args["dataset"])
+    else:
+        try:
+            config = type(preset(None, None))(**state["config"])
+        except TypeError:
+            raise UserError("--resume: the checkpoint's settings are of another version of this file") from None
+    given = {f.name: args[f.name] for f in dataclasses.fields(config) if args.get(f.name) is not None}
+    for name, value in given.items():
+        before = getattr(config, name)
+        if state is not None and value != before and name not in FREE:
+            raise UserError(f"--resume: the run has {name} {before}, not {value}; leave --{name.replace('_', '-')} out")
+        setattr(config, name, value)
+        if state is None and f"{name}_e" in vars(config) and before:
+            setattr(config, f"{name}_e", getattr(config, f"{name}_e") * value / before)
+    if "epochs" in given and "steps" not in given:
+        config.steps = 0                                    # a length in epochs replaces a preset length in steps
+    return config
+
+
+def versions():
+    """Python, torch, torchvision and git revision, as config.json and the results keep them."""
+    def ask(*command):
+        try:
+            here = pathlib.Path(__file__).resolve().parent
+            return subprocess.run(["git", *command], cwd=here, capture_output=True, text=True).stdout.strip()
+        except OSError:
+            return ""
+    revision = ask("rev-parse", "--short", "HEAD") + ("+" if ask("status", "--porcelain", "-uno") else "")
+    return {"python": sys.version.split()[0], "torch": torch.__version__, "torchvision": torchvision.__version__,
+            "revision": revision or None, "threads": torch.get_num_threads()}
+
+
+def compile_networks(model):
+    """torch.compile, in place, of each network: state-dict keys stay what they were."""
+    for network in model.children():
+        network.compile()
+
+
+def benchmark(model, x, steps, compiled=False):
+    """images/s, FLOP/s and peak memory of `model.step(x)` over `steps` timed steps after three to warm up."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    cuda, seconds = x.device.type == "cuda", 0.0
+    with FlopCounterMode(display=False) as counter:         # convolutions and matrix products, forwards and backwards;
+        model.step(x)                                       # counted before compiling, which hides them
+    if compiled:
+        compile_networks(model)
+    for n in range(steps + 3):
+        if n == 3:
+            if cuda:
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+            seconds = time.perf_counter()
+        model.step(x)
+    if cuda:
+        torch.cuda.synchronize()
+    seconds = (time.perf_counter() - seconds) / steps
+    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"images_per_s": round(len(x) / seconds, 1), "ms_per_step": round(seconds * 1e3, 2), "batch": len(x),
+            "gflop_per_step": round(counter.get_total_flops() / 1e9, 2),
+            "tflop_per_s": round(counter.get_total_flops() / seconds / 1e12, 4), "peak_memory_mib": peak >> 20}
+
+
+def run_cli(main):
+    """Calls `main()` and turns what can go wrong into a sentence and an exit code: 2 for a user's mistake, 3 for a loss
+    that is not finite. Anything else is a defect of ours and keeps its traceback."""
+    try:
+        return main()
+    except ValueError as error:
+        if type(error).__name__ != "UserError":             # data.py and metrics.py define theirs, each file being whole
+            raise
+        print(f"{pathlib.Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        return 2
+    except NotFinite as error:
+        print(f"\n{pathlib.Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        return 3
+    except Interrupted as error:
+        print(f"\n{pathlib.Path(sys.argv[0]).name}: {error.args[0]}", file=sys.stderr)
+        return 128 + error.args[1]
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ======================================================================================================================
+# End of the plumbing
+# ======================================================================================================================
+
+
+# ======================================================================================================================
+# Training
+# ======================================================================================================================
+
+
+def evaluate(model, evaluator, run, step, epoch, x, config):
+    """Pictures and metrics of one moment; on rank 0, and without disturbing the training's random numbers."""
+    began = time.time()
+    figures(model, run, step, x)
+    metrics = evaluator(model.sample, (lambda x: model.decode(model.encode(x))) if model.E is not None else None)
+    metrics["eval_s"] = round(time.time() - began, 1)
+    run.log(step, epoch=round(epoch, 3), **metrics)
+    lines = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
+    for name in ("fid", "fcd", "kl"):                               # Figs. 4 and 7, in whichever distance there is
+        curve = [(line["epoch"], line[name]) for line in lines if name in line]
+        if len(curve) > 1:
+            draw_curves(run.folder / f"figures/{name}.png", {config.model: curve}, f"{name} by epoch, {config.dataset}")
+    return metrics
+
+
+def train(config, machine, folder, state=None):
+    """Trains `config` in `folder`, from a checkpoint's `state` if given. Returns the last evaluation's metrics."""
+    from data import Batches, load, ordered
+    from metrics import Evaluator
+
+    train_set, test_set = (load(config.dataset, config.root, config.size, split) for split in ("train", "test"))
+    if train_set.kind != "image":
+        raise UserError(f"--dataset {config.dataset} holds points; ivgen.py needs images")
+    batches = Batches(train_set, config.batch, machine.device, config.size, config.seed, machine.rank, machine.world)
+    config.channels = train_set.channels
+    config.steps = config.steps or math.ceil(config.epochs * batches.steps_per_epoch)
+    config.eval_every = config.eval_every or max(1, min(10 * batches.steps_per_epoch, config.steps // 12))
+    config.check()
+    model, start, best = build(config, machine), 0, None
+    run = Run(folder, dataclasses.asdict(config), machine, resume=state is not None)
+    evaluator = Evaluator(train_set, test_set, config.size, machine.device, config.root, config.samples,
+                          config.inception or None) if machine.rank == 0 else None
+    x_test = next(ordered(test_set, 100, 100, "cpu", config.size))[0]
+    machine.seed_ranks()
+    if state is not None:
+        restore(state, model, batches, machine)
+        start, best = state["step"], state["best"]
+        run.forget_after(start)
+    if config.compile:
+        compile_networks(model)
+
+    def save(name, step):
+        run.save(name, FILE, model, step, batches, dataclasses.asdict(config), best)
+
+    if state is None:
+        save("last.pt", 0)                                          # so that a run killed at any step can be resumed
+    metrics, text, run.start = {}, "", start
+    for step in range(start + 1, config.steps + 1):
+        run.add(step, model.step(next(batches)[0]))
+        leave = run.interrupted(step)
+        if step % LOG_EVERY == 0 or step == config.steps or leave:
+            losses, rate = run.flush(), run.rate((step - run.start) * config.batch)
+            run.start, epoch = step, step / batches.steps_per_epoch
+            run.log(step, epoch=round(epoch, 3), img_per_s=rate, **losses)
+            text = "  ".join(f"{k} {v:.3f}" for k, v in losses.items()) + f"  {rate:.0f} img/s"
+        run.status(step, config.steps, start, text)
+        if step % config.eval_every == 0 or step == config.steps:
+            run.flush()
+            if machine.rank == 0:
+                metrics = evaluate(model, evaluator, run, step, step / batches.steps_per_epoch, x_test, config)
+                run.say(step, metrics)
+            machine.barrier()
+            score = next((metrics[k] for k in ("fid", "fcd", "kl", "mse") if k in metrics), None)
+            if machine.agree(score is not None and (best is None or score <= best)):
+                best = score
+                save("best.pt", step)
+            run.since = time.time()                                 # images/s are of training alone
+        if step % SAVE_EVERY == 0 or step % config.eval_every == 0 or step == config.steps or leave:
+            run.flush()
+            save("last.pt", step)
+        if leave:
+            run.close()
+            raise Interrupted(f"stopped at step {step} and saved; continue with --resume {run.folder}", run.signal)
+    run.close()
+    return metrics
+
+
+def build(config, machine):
+    """The model that `config.model` names."""
+    return IVGAN(config, machine)
+
+
+def draw(config, machine, state, folder, n):
+    """`--sample`: n images as PNGs, and a grid of the first hundred, from a checkpoint, without training."""
+    model = build(config, machine)
+    restore(state, model, None, machine)
+    machine.seed_ranks()
+    folder = pathlib.Path(folder) / "drawn"
+    folder.mkdir(parents=True, exist_ok=True)
+    for start in range(0, n, 250):
+        images = model.sample(min(250, n - start))
+        if start == 0:
+            save_grid(folder.parent / "drawn.png", images[:100])
+        for i, image in enumerate(images, start):
+            torchvision.utils.save_image(image, folder / f"{i:06d}.png", normalize=True, value_range=(-1, 1))
+    print(f"{n} samples of step {state['step']} in {folder}")
+
+
+def main(argv=None):
+    """The command line; returns the exit code."""
+    parser = Parser(prog=f"{FILE}.py", description=__doc__.splitlines()[0])
+    shared_flags(parser, MODELS)
+    parser.add_argument("--k", type=int, metavar="X", help="blocks, so interventions (Table 4)")
+    parser.add_argument("--mu", type=float, metavar="X", help="weight of the intervention loss (Table 4)")
+    parser.add_argument("--lam", type=float, metavar="X", help="weight of the reconstruction loss")
+    parser.add_argument("--e-steps", type=int, metavar="X", help="updates of E per iteration (D4)")
+    parser.add_argument("--e-sign", choices=("paper", "code"), help="E's objective (D3)")
+    parser.add_argument("--d-norm", choices=("table1", "dcgan", "none"), help="batch normalisation in D (D2)")
+    parser.add_argument("--ema", type=float, metavar="X", help="decay of an average of G's weights")
+    args = vars(parser.parse_args(argv))
+    if args["sample"] and not args["resume"]:
+        raise UserError("--sample needs --resume RUN, the run to draw from")
+    state = load_checkpoint(args["resume"], FILE) if args["resume"] else None
+    config = settings(args, state, preset)
+    config.check()
+    machine = Machine(args["device"], config.amp, config.seed)
+    if args["bench"]:
+        config.channels = 1 if config.dataset in GREY else 3
+        config.steps = config.steps or args["bench"]
+        x = torch.rand(config.batch, config.channels, config.size, config.size, device=machine.device) * 2 - 1
+        print(json.dumps({"model": config.model, "size": config.size, "width": config.width, "device": str(machine.device),
+                          "precision": machine.amp, "compiled": config.compile}
+                         | benchmark(build(config, machine), x, args["bench"], config.compile)))
+        return 0
+    name = pathlib.Path(config.dataset).name
+    folder = args["out"] or args["resume"] or f"runs/{FILE}-{config.model}-{name}-s{config.seed}"
+    if args["sample"]:
+        draw(config, machine, state, folder, args["sample"])
+    else:
+        train(config, machine, folder, state)
+        print(f"run: {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))
