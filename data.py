@@ -289,10 +289,10 @@ def _glyph_tables() -> tuple[Tensor, Tensor, Tensor]:
             to_unique = F.one_hot(torch.tensor([unique.index(p) for p in run]), most).float()
             curve = _spline(len(run), stop - start, closed=run[0] == run[-1]) @ to_unique
             ends[v, 0, start:stop], ends[v, 1, start:stop] = curve[:-1], curve[1:]
-    # The elastic warp is a Gaussian random field (std 6 % of the box, changing over about 40 % of it) taken at the
+    # The elastic warp is a Gaussian random field (std 4 % of the box, changing over about 40 % of it) taken at the
     # points alone, since the curves follow; and 1.2 % of independent unsteadiness of the hand.
     distance2 = torch.cdist(points, points).square()
-    covariance = 6.0**2 * torch.exp(-distance2 / (2 * 40**2)) + 1.2**2 * torch.eye(most)
+    covariance = 4.0**2 * torch.exp(-distance2 / (2 * 40**2)) + 1.2**2 * torch.eye(most)
     return points, ends.flatten(1, 2), torch.linalg.cholesky(covariance)
 
 
@@ -307,12 +307,12 @@ def _draw(glyph: Tensor, generator: torch.Generator) -> Tensor:
         return low + (high - low) * torch.rand(len(glyph), 1, generator=generator)
 
     p = ends @ (points + warp @ normal(points.shape[1], 2))  # (B, 2 * SEGMENTS, 2)
-    turn, slant, wide = 0.08 * normal(1), 0.18 + 0.2 * normal(1), uniform(0.75, 1.25)
+    turn, slant, wide = 0.05 * normal(1), 0.18 + 0.12 * normal(1), uniform(0.85, 1.15)
     x, y = p[..., 0] * wide - slant * p[..., 1], p[..., 1]  # y points down, so minus leans to the right
     p = torch.stack([x * turn.cos() - y * turn.sin(), x * turn.sin() + y * turn.cos()], 2)
 
     # As MNIST was made: the longer side scaled to (about) 20 pixels, the centre of mass put in the picture's centre.
-    half = uniform(0.85, 1.65)  # of the pen's width, pixels
+    half = uniform(0.95, 1.6)  # of the pen's width, pixels
     extent = (p.amax(1) - p.amin(1)).amax(1, keepdim=True)
     first, second = (p * ((uniform(17.5, 20.0) - 2 * half) / extent)[..., None]).chunk(2, 1)
     q, length = (first + second) / 2, (second - first).norm(dim=2, keepdim=True)  # (B, SEGMENTS, 2), (B, SEGMENTS, 1)
