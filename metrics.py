@@ -88,7 +88,7 @@ class Unit(nn.Module):
 
     def forward(self, x, pool=None):
         x = self.bn(self.conv(x))
-        return F.relu(pool(x) if pool else x, inplace=True)
+        return F.relu(pool(x) if pool else x, inplace=True)  # a maximum and a ReLU commute: the ReLU on fewer numbers
 
     def fold(self):
         """Move the batch norm, in use a fixed affine map, into the convolution."""
@@ -110,6 +110,11 @@ def unit(cin, spec):
     kernel = tuple(int(k) for k in kernel.split("x")) if "x" in kernel else (int(kernel), int(kernel))
     padding = (0, 0) if stride else (kernel[0] // 2, kernel[1] // 2)
     return Unit(cin, int(width), kernel, int(stride or 1), padding)
+
+
+def max_pool(x):
+    """Halves the size: 3x3 windows, two apart, no padding."""
+    return F.max_pool2d(x, 3, 2)
 
 
 def mean_of_neighbours(x):
@@ -154,7 +159,7 @@ class Block(nn.Module):
         elif self.pool == "max":
             out.append(self.branch_pool(F.max_pool2d(x, 3, 1, 1)))
         else:
-            out.append(F.max_pool2d(x, 3, 2))
+            out.append(max_pool(x))
         return torch.cat(out, 1)
 
 
@@ -196,9 +201,8 @@ class Inception(nn.Module):
         self.fc = nn.Linear(2048, 1008)
 
     def forward(self, x):
-        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
-        x = F.max_pool2d(x, 3, 2)  # -> (B, 64, 73, 73)
-        x = F.max_pool2d(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)), 3, 2)  # -> (B, 192, 35, 35)
+        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)), max_pool)  # -> (B, 64, 73, 73)
+        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x), max_pool)  # -> (B, 192, 35, 35)
         for name, block in self.named_children():
             if name.startswith("Mixed"):
                 x = block(x)

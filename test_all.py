@@ -7,24 +7,1402 @@ a run with the same run interrupted, the README's tables with the file of result
 
 import copy
 import dataclasses
+import datetime
+import hashlib
 import io
 import json
 import math
 import os
 import pathlib
+import pickle
 import signal
 import subprocess
 import sys
+import types
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from PIL import Image
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
+import data  # noqa: E402
 import ivgen  # noqa: E402
+import metrics  # noqa: E402
+from data import Batches, Dataset, UserError, load, ordered, to_float, to_uint8  # noqa: E402
+
+# ======================================================================================================================
+# data.py
+# ======================================================================================================================
+
+
+def counted(n, stacked=False, labels=True):
+    """Pictures that tell their index: all pixels of picture i are i; its label is i % 10."""
+    x = torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1).expand(n, 1, 8, 8).contiguous()
+    y = torch.arange(n) % 10 if labels else None
+    return Dataset("counted", "train", x, y, 1000 if stacked else 10, stacked)
+
+
+def indices(x):
+    """The indices of such pictures in a batch: (B,), or (B, 3) of a stacked set."""
+    return to_uint8(x)[:, :, 0, 0].long().squeeze(1)
+
+
+def save_pictures(folder, n, size=(16, 16), mode="RGB", suffix=".png", seed=0):
+    """n pictures of random pixels as folder/0.png ...; returns their pixels (n, H, W[, 3])."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shape = (n, size[1], size[0], 3) if mode == "RGB" else (n, size[1], size[0])
+    pixels = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+    for i in range(n):
+        Image.fromarray(pixels[i]).save(folder / f"{i}{suffix}")
+    return pixels
+
+
+# ----------------------------------------------------------------------------------------------- bytes, batches
+
+
+def test_bytes_survive_the_floats_exactly():
+    u8 = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    x = to_float(u8)
+    assert x.min() == -1 and x.max() == 1 and x.dtype == torch.float32
+    assert torch.equal(to_uint8(x), u8)
+    assert to_uint8(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
+    assert to_uint8(torch.tensor(0.9999)).item() == 255  # rounded: truncation would give 254
+    with pytest.raises(ValueError, match="uint8"):
+        to_float(x)
+
+
+def test_resizing():
+    stripes = torch.tensor([255, 0, 0, 255], dtype=torch.uint8).repeat(8).expand(1, 1, 32, 32)
+    small = to_float(stripes, 8)
+    assert small.shape == (1, 1, 8, 8)
+    assert small[..., 1:-1].abs().max() < 0.3  # antialiased: fine stripes turn grey; the middles alone are black
+    flat = torch.full((2, 3, 28, 28), 77, dtype=torch.uint8)
+    assert torch.equal(to_uint8(to_float(flat, 64)), torch.full((2, 3, 64, 64), 77, dtype=torch.uint8))
+    ramp = torch.arange(0, 256, 16, dtype=torch.uint8).expand(1, 1, 16, 16)
+    assert torch.equal(to_float(ramp, 16), to_float(ramp))
+    up = to_float(ramp, 32)[0, 0, 0]  # half-pixel centres: sample 2i + 1 lies a quarter of the way from i to i + 1
+    assert torch.allclose((up[1:-1:2] + 1) * 127.5, torch.arange(15) * 16 + 4.0, atol=1e-3)
+
+
+def test_an_epoch_is_a_permutation_of_everything_and_no_two_are_alike():
+    batches = Batches(counted(60), 6, seed=3)
+    assert batches.steps_per_epoch == 10
+    epochs = [torch.cat([indices(next(batches)[0]) for _ in range(10)]).tolist() for _ in range(3)]
+    assert all(sorted(epoch) == list(range(60)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] and epochs[0] != sorted(epochs[0])
+    other = Batches(counted(60), 6, seed=4)
+    assert torch.cat([indices(next(other)[0]) for _ in range(10)]).tolist() != epochs[0]
+    x, y = next(Batches(counted(60), 6))
+    assert x.shape == (6, 1, 8, 8) and torch.equal(y, indices(x) % 10)
+    assert next(Batches(counted(60, labels=False), 6, size=12))[0].shape == (6, 1, 12, 12)
+    assert next(Batches(counted(60, labels=False), 6))[1] is None
+
+
+@pytest.mark.parametrize("kind", ["images", "stacked", "points"])
+def test_batches_resume_bit_for_bit(kind):
+    dataset = load("swissroll") if kind == "points" else counted(50, stacked=kind == "stacked")
+    batch = 700 if kind == "points" else 7  # 7 batches an epoch, and some left over
+    batches, told = Batches(dataset, batch, seed=5), []
+    for _ in range(18):  # across two ends of an epoch
+        told.append((batches.state_dict(), next(batches)))
+    assert told[7][0] == {"epoch": 1, "position": 0} and told[15][0] == {"epoch": 2, "position": 1}
+    for start in (0, 1, 6, 7, 8, 13, 14, 17):
+        resumed = Batches(dataset, batch, seed=5)
+        for _ in range(start % 4):  # whatever it did before is forgotten
+            next(resumed)
+        resumed.load_state_dict(told[start][0])
+        for _, (x, y) in told[start:]:
+            x2, y2 = next(resumed)
+            assert torch.equal(x, x2) and torch.equal(y, y2)
+
+
+def test_ranks_share_one_permutation():
+    whole = Batches(counted(103), 100, seed=1)
+    order = indices(next(whole)[0])
+    shards = []
+    for rank in range(4):
+        batches = Batches(counted(103), 5, seed=1, rank=rank, world=4)
+        assert batches.steps_per_epoch == 5
+        shards.append(torch.cat([indices(next(batches)[0]) for _ in range(5)]))
+        assert torch.equal(shards[-1], order[rank::4])
+    assert sorted(torch.cat(shards).tolist()) == sorted(order.tolist())
+
+
+def test_batches_that_cannot_be_drawn():
+    with pytest.raises(UserError, match="a batch of 11 is more than the 10 items of counted: give"):
+        Batches(counted(10), 11)
+    with pytest.raises(UserError, match=r"5 items of counted for each device"):
+        Batches(counted(10), 6, world=2)
+    with pytest.raises(UserError, match="batch 9 of an epoch that now has 2"):
+        Batches(counted(10), 5).load_state_dict({"epoch": 0, "position": 9})
+
+
+def test_ordered():
+    dataset = counted(25)
+    parts = list(ordered(dataset, batch=10))
+    assert [len(x) for x, _ in parts] == [10, 10, 5]
+    assert torch.cat([indices(x) for x, _ in parts]).tolist() == list(range(25))
+    assert indices(next(ordered(dataset, n=3))[0]).tolist() == [0, 1, 2]
+    assert sum(len(x) for x, _ in ordered(dataset, n=99)) == 25
+    assert next(ordered(dataset, n=2, size=12))[0].shape == (2, 1, 12, 12)
+    dataset.y = dataset.y.sort().values  # stored class by class: the first ten would be of five classes at most
+    a, b = next(ordered(dataset, n=10)), next(ordered(dataset, n=10))
+    assert torch.equal(a[0], b[0]) and len(a[1].unique()) > 5
+    assert torch.equal(dataset.y[indices(a[0])], a[1])
+
+
+def test_stacked_channels_carry_the_label():
+    dataset = counted(50, stacked=True)
+    assert dataset.channels == 3 and dataset.classes == 1000 and len(dataset) == 50
+    batches, seen = Batches(dataset, 10), []
+    for _ in range(5):
+        x, y = next(batches)
+        assert x.shape == (10, 3, 8, 8)
+        seen.append(indices(x))
+        assert torch.equal(y, (seen[-1] % 10 * torch.tensor([100, 10, 1])).sum(1))
+    seen = torch.cat(seen)
+    for channel in range(3):  # three permutations: every digit once in each colour
+        assert sorted(seen[:, channel].tolist()) == list(range(50))
+    assert (seen[:, 0] == seen[:, 1]).sum() < 10 and (seen[:, 1] == seen[:, 2]).sum() < 10
+    x, y = next(ordered(dataset, n=200, batch=200))  # more triples than digits
+    assert len(x) == 200 and torch.equal(y, (indices(x) % 10 * torch.tensor([100, 10, 1])).sum(1))
+    assert torch.equal(x, next(ordered(dataset, n=200, batch=200))[0])
+    assert not torch.equal(x, next(ordered(dataset, n=200, batch=200, seed=1))[0])
+
+
+# ------------------------------------------------------------------------------------------------ drawn digits
+
+
+def test_digits_as_loaded():
+    train, test = load("digits"), load("digits", split="test")
+    assert train.x.shape == (60_000, 1, 28, 28) and test.x.shape == (10_000, 1, 28, 28)
+    assert train.x.dtype == torch.uint8 and train.classes == 10 and (train.kind, train.channels) == ("images", 1)
+    assert train.y.bincount().tolist() == [6000] * 10 and test.y.bincount().tolist() == [1000] * 10
+    everything = {picture.tobytes() for x in (train.x, test.x) for picture in x.numpy()}
+    assert len(everything) == 70_000  # no picture twice, in or across the splits
+    assert torch.equal(load("stacked-digits", split="test").x, test.x)
+
+
+def test_digits_follow_from_the_seed_alone():
+    global_state = torch.random.get_rng_state()
+    threads = torch.get_num_threads()
+    (a, y), (b, _), (c, _) = data.draw_digits(1200, 1), data.draw_digits(1200, 1), data.draw_digits(1200, 2)
+    assert torch.equal(a, b) and not (a == c).flatten(1).all(1).any()
+    assert torch.equal(y, torch.arange(1200) % 10)
+    assert torch.equal(torch.random.get_rng_state(), global_state) and torch.get_num_threads() == threads
+
+
+def test_digits_look_like_mnist_to_the_numbers():
+    x = data.draw_digits(2000, 3)[0].float()
+    assert x.max() == 255 and x.min() == 0
+    assert 22 < x.mean() < 42  # MNIST: 33.3
+    assert ((x > 0) & (x < 255)).float().mean() < 0.2  # edges, and else black or white
+    assert x[:, :, 0].max(2).values.gt(0).float().mean() < 0.01  # the frame stays black
+    ones, columns = x[1::10, 0].mean(0), torch.arange(28)
+    top, bottom = ((rows * columns).sum() / rows.sum() for rows in (ones[4:9], ones[19:24]))
+    assert top > bottom + 1  # in writing, the top leans to the right
+    grid, mass = torch.arange(28.0), x.sum((1, 2, 3))
+    for axis in (2, 3):
+        centre = (x.sum(axis).squeeze(1) * grid).sum(1) / mass
+        assert (centre - 13.5).abs().max() < 2.5 and (centre.mean() - 13.5).abs() < 0.1
+
+
+def test_digits_can_be_told_apart_and_are_not_all_alike():
+    (train, y), (test, truth) = data.draw_digits(4000, 1), data.draw_digits(500, 2)
+    distances = torch.cdist(test.flatten(1).float() / 255, train.flatten(1).float() / 255)
+    nearest, index = distances.min(1)
+    assert (y[index] == truth).float().mean() > 0.97
+    assert nearest.min() > 0.3  # no test picture is a training picture, nor nearly one
+    for digit in range(10):
+        same = train[y == digit].float()
+        assert same.std(0).max() > 60  # grey levels: each digit is written in many ways
+
+
+def test_splines_go_through_their_points():
+    line = data._spline(5, 16, closed=False)
+    assert torch.allclose(line[::4], torch.eye(5), atol=1e-6) and torch.allclose(line.sum(1), torch.ones(17), atol=1e-6)
+    straight = torch.arange(5.0)
+    assert torch.allclose(line @ straight, torch.linspace(0, 4, 17), atol=1e-5)
+    closed = data._spline(5, 400, closed=True) @ torch.tensor([[0.0, 0], [1, 0], [1, 1], [0, 1], [0, 0]])
+    start, end = closed[1] - closed[0], closed[-1] - closed[-2]
+    assert torch.allclose(start / start.norm(), end / end.norm(), atol=0.05)  # no corner where it closes
+
+
+def test_glyphs_use_all_their_segments():
+    points, ends, _ = data._glyph_tables()
+    digits = [digit for digit, _ in data.GLYPHS]
+    assert digits == sorted(digits) and set(digits) == set(range(10))  # draw_digits looks them up by position
+    segments = (ends @ points).view(len(points), 2, data.SEGMENTS, 2)
+    length = (segments[:, 1] - segments[:, 0]).norm(dim=2)
+    assert length.min() > 0 and (length / 5).max() < 1.6  # pixels, the box of 100 being 20 of them
+    way = (segments[:, 1] - segments[:, 0]) / length[..., None]
+    assert (way[0, 0] * way[0, -1]).sum() > 0.95  # the first zero closes without a corner
+
+
+# -------------------------------------------------------------------------------------------------- point sets
+
+
+@pytest.mark.parametrize("name, modes, std", [("grid25", 25, 0.05), ("ring8", 8, 0.02)])
+def test_gaussian_mixtures(name, modes, std):
+    train, test = load(name), load(name, split="test")
+    assert train.x.shape == (100_000, 2) and train.x.dtype == torch.float32 and train.kind == "points"
+    assert train.classes == modes and train.y.unique().tolist() == list(range(modes))
+    centres = torch.stack([train.x[train.y == k].mean(0) for k in range(modes)])
+    if name == "grid25":
+        wanted = {(a, b) for a in (-4, -2, 0, 2, 4) for b in (-4, -2, 0, 2, 4)}
+        assert {tuple(c) for c in centres.round().int().tolist()} == wanted
+        assert (centres - centres.round()).abs().max() < 0.01
+    else:
+        assert (centres.norm(dim=1) - 2).abs().max() < 0.01
+        assert torch.allclose(torch.cdist(centres, centres).fill_diagonal_(9).min(1).values,
+                              torch.tensor(4 * np.sin(np.pi / 8), dtype=torch.float32), atol=0.01)
+    spread = (train.x - centres[train.y]).std(0)
+    assert (spread - std).abs().max() < 0.02 * std
+    assert (train.y.bincount() - 100_000 / modes).abs().max() < 5 * (100_000 / modes) ** 0.5
+    assert torch.equal(load(name).x, train.x) and not torch.equal(train.x[:10_000], test.x)
+
+
+def test_swissroll_is_the_spiral():
+    train, test = load("swissroll"), load("swissroll", split="test")
+    assert train.x.shape == (5000, 2) and train.channels == 2
+    radius = train.x.norm(dim=1)  # t / 4.5 pi, and t is uniform from 1.5 pi to 4.5 pi
+    assert 1 / 3 - 1e-6 < radius.min() < 0.335 and 0.998 < radius.max() <= 1 + 1e-6
+    t = radius * 4.5 * np.pi
+    assert torch.allclose(train.x, torch.stack([radius * t.cos(), radius * t.sin()], 1), atol=1e-4)
+    assert (train.y + 0.5 - (t / np.pi - 1.5) / 3 * 10).abs().max() < 0.501 and train.classes == 10
+    assert (radius.mean() - 2 / 3).abs() < 0.01
+    assert not torch.isin(test.x[:, 0], train.x[:, 0]).all()
+
+
+# ---------------------------------------------------------------------------------------------- published sets
+
+
+def write_mnist(root, n=20, folder="MNIST"):
+    """Files in the genuine idx format: magic number, sizes as big-endian integers, bytes."""
+    raw = root / folder / "raw"
+    raw.mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (2, n, 28, 28), dtype=np.uint8)
+    for part, images in zip(("train", "t10k"), pixels):
+        header = np.array([0x803, n, 28, 28], ">i4").tobytes()
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(header + images.tobytes())
+        labels = (np.arange(n) % 10).astype(np.uint8)
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(np.array([0x801, n], ">i4").tobytes() + labels.tobytes())
+    return pixels
+
+
+def no_network(*args, **kwargs):
+    raise OSError("Network is unreachable")
+
+
+def test_mnist_is_read_where_it_lies(tmp_path, monkeypatch):
+    pixels = write_mnist(tmp_path)
+    write_mnist(tmp_path, folder="FashionMNIST")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    for i, split in enumerate(("train", "test")):
+        got = load("mnist", tmp_path, split=split)
+        assert torch.equal(got.x, torch.from_numpy(pixels[i])[:, None]) and got.y.tolist() == [*range(10)] * 2
+        assert (got.name, got.split, got.classes) == ("mnist", split, 10) and got.y.dtype == torch.int64
+    assert load("fashion-mnist", tmp_path).classes == 10
+    stacked = load("stacked-mnist", tmp_path)
+    assert stacked.stacked and stacked.name == "stacked-mnist" and stacked.classes == 1000
+    x, y = next(ordered(stacked, n=5))
+    assert x.shape == (5, 3, 28, 28) and int(y.max()) < 1000
+    assert sorted(tmp_path.rglob("*")) == before  # nothing was written
+
+
+def test_mnist_cut_short_is_one_sentence(tmp_path, monkeypatch):
+    write_mnist(tmp_path)
+    file = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
+    file.write_bytes(file.read_bytes()[:1000])
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    with pytest.raises(UserError, match="mnist could not be read from") as error:
+        load("mnist", tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name, says", [
+    ("mnist", "MNIST/raw"), ("fashion-mnist", "FashionMNIST/raw"), ("stacked-mnist", "t10k-labels-idx1-ubyte"),
+    ("cifar10", "cifar-10-python.tar.gz"), ("stl10", "stl10_binary.tar.gz"), ("celeba", "img_align_celeba")])
+def test_a_failed_download_says_what_to_put_where(tmp_path, monkeypatch, capsys, name, says):
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    monkeypatch.setitem(sys.modules, "gdown", None)
+    with pytest.raises(UserError, match="by hand, put there") as error:
+        load(name, tmp_path)
+    message = str(error.value)
+    assert message.startswith(name.removeprefix("stacked-")) and str(tmp_path) in message and says in message
+    assert "\n" not in message and ("unreachable" in message or "gdown" in message)
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1  # torchvision itself is not heard
+
+
+def test_a_download_is_announced_in_one_line_and_else_silent(tmp_path, capsys):
+    def make(download):
+        if not download:
+            raise RuntimeError("Dataset not found")
+        print("torchvision's talk")
+        print("and its progress bar", file=sys.stderr)
+        return "the dataset"
+
+    assert data._torchvision("cifar10", tmp_path, make) == "the dataset"
+    out, err = capsys.readouterr()
+    assert out == "" and err == f"cifar10 is not (whole) in {tmp_path}: downloading it\n"
+
+
+def test_nothing_is_downloaded_into_a_root_marked_read_only(tmp_path, monkeypatch):
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    tmp_path.chmod(0o555)
+    try:
+        with pytest.raises(UserError, match="read-only"):
+            load("fashion-mnist", tmp_path)
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        tmp_path.chmod(0o755)
+
+
+def test_cifar10_in_its_own_format(tmp_path, monkeypatch):
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *args: True)  # they are not the real ones
+    folder, rows = tmp_path / "cifar-10-batches-py", np.random.default_rng(0).integers(0, 256, (6, 4, 3072), np.uint8)
+    folder.mkdir()
+    for part, name in zip(rows, [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
+        (folder / name).write_bytes(pickle.dumps({"data": part, "labels": [0, 1, 2, 9]}))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": ["x"] * 10}))
+    train, test = load("cifar10", tmp_path), load("cifar10", tmp_path, split="test")
+    assert np.array_equal(train.x, rows[:5].reshape(20, 3, 32, 32)) and train.y.tolist() == [0, 1, 2, 9] * 5
+    assert np.array_equal(test.x, rows[5].reshape(4, 3, 32, 32)) and test.x.is_contiguous()
+
+
+def test_stl10_in_its_own_format(tmp_path, monkeypatch):
+    monkeypatch.setattr(torchvision.datasets.STL10, "_check_integrity", lambda self: True)
+    folder, rng = tmp_path / "stl10_binary", np.random.default_rng(0)
+    folder.mkdir()
+    pixels = {part: rng.integers(0, 256, (n, 3, 96, 96), np.uint8) for part, n in
+              {"train": 2, "unlabeled": 3, "test": 2}.items()}
+    for part, images in pixels.items():
+        (folder / f"{part}_X.bin").write_bytes(images.transpose(0, 1, 3, 2).tobytes())  # stored column by column
+        (folder / f"{part}_y.bin").write_bytes(bytes([1, 2]))
+    train, test = load("stl10", tmp_path), load("stl10", tmp_path, split="test")
+    assert np.array_equal(train.x.numpy(), np.concatenate([pixels["train"], pixels["unlabeled"]]))
+    assert np.array_equal(test.x.numpy(), pixels["test"]) and train.y is test.y is None and train.classes == 0
+
+
+def test_celeba_is_cropped_to_140(tmp_path, monkeypatch):
+    monkeypatch.setattr(torchvision.datasets.CelebA, "_check_integrity", lambda self: True)
+    folder = tmp_path / "celeba"
+    (folder / "img_align_celeba").mkdir(parents=True)
+    names = [f"{i:06d}.png" for i in range(1, 6)]
+    for name in names:  # white inside the central 140x140 of 178x218, black outside
+        pixels = np.zeros((218, 178, 3), np.uint8)
+        pixels[39:179, 19:159] = 255
+        Image.fromarray(pixels).save(folder / "img_align_celeba" / name)
+    rows = {"list_eval_partition.txt": " 0", "identity_CelebA.txt": " 7", "list_bbox_celeba.txt": " 1 2 3 4",
+            "list_landmarks_align_celeba.txt": " 1" * 10, "list_attr_celeba.txt": " 1" * 40}
+    for file, row in rows.items():
+        head = "" if file in ("list_eval_partition.txt", "identity_CelebA.txt") else "5\nheader\n"
+        last = " 2" if "partition" in file else row  # the last two are test pictures
+        (folder / file).write_text(head + "".join(f"{n}{row if n in names[:3] else last}\n" for n in names))
+    train, test = load("celeba", tmp_path), load("celeba", tmp_path, 32, split="test")
+    assert train.x.shape == (3, 3, 64, 64) and test.x.shape == (2, 3, 32, 32) and train.y is None
+    assert train.x.min() == test.x.min() == 255  # nothing of the black frame, not even mixed in
+    (folder / "img_align_celeba" / names[2]).unlink()
+    with pytest.raises(UserError, match=r"000003.png, a picture of celeba, cannot be found"):
+        load("celeba", tmp_path)
+
+
+def test_lsun_without_lmdb_and_without_its_files(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lmdb", None)
+    with pytest.raises(UserError, match="pip install lmdb"):
+        load("lsun-church", tmp_path)
+    monkeypatch.setitem(sys.modules, "lmdb", types.ModuleType("lmdb"))
+    with pytest.raises(UserError, match=r"church_outdoor_val_lmdb\.zip"):
+        load("lsun-church", tmp_path, split="test")
+
+
+def test_lsun_is_read_from_lmdb(tmp_path, monkeypatch):
+    stored = {}
+    for i in range(3):
+        file = io.BytesIO()
+        Image.new("RGB", (40, 30), (10 * i, 20, 30)).save(file, "png")
+        stored[f"key{i}".encode()] = file.getvalue()
+
+    class Environment:  # what data.py asks of lmdb's
+        def begin(self):
+            return self
+
+        def cursor(self):
+            return self
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def iternext(self, keys, values):
+            return iter(stored) if keys and not values else None
+
+        def get(self, key):
+            return stored[key]
+
+    lmdb = types.ModuleType("lmdb")
+    lmdb.open = lambda path, **kwargs: Environment()
+    monkeypatch.setitem(sys.modules, "lmdb", lmdb)
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "root" / "church_outdoor_train_lmdb"
+    folder.mkdir(parents=True)
+    (folder / "data.mdb").write_bytes(b"stands for the database")
+    got = load("lsun-church", tmp_path / "root")
+    assert got.x.shape == (3, 3, 64, 64) and got.x[2, :, 5, 5].tolist() == [20, 20, 30] and got.y is None
+    assert os.listdir(tmp_path) == ["root"]  # no pickle of the keys left in the current folder
+
+
+# --------------------------------------------------------------------------------------------------- folders
+
+
+def test_a_flat_folder(tmp_path):
+    pixels = save_pictures(tmp_path / "cats", 5)
+    (tmp_path / "cats" / "readme.txt").write_text("not a picture")
+    (tmp_path / "cats" / ".hidden.png").write_text("nor this")
+    got = load(str(tmp_path / "cats"), tmp_path / "root", split="test")
+    assert (got.name, got.split, got.classes, got.y) == ("cats", "train", 0, None)  # there is no test/: it says train
+    assert torch.equal(got.x, torch.from_numpy(pixels).permute(0, 3, 1, 2))
+
+
+def test_a_folder_a_class(tmp_path):
+    for i, name in enumerate(("ant", "bee", "cow")):
+        save_pictures(tmp_path / "zoo" / name, i + 1, suffix=".jpg", seed=i)
+    (tmp_path / "zoo" / "empty").mkdir()
+    save_pictures(tmp_path / "zoo" / "bee" / "deeper", 1)
+    got = load(tmp_path / "zoo", tmp_path / "root")
+    assert got.y.tolist() == [0, 1, 1, 1, 2, 2, 2] and got.classes == 3 and got.x.shape == (7, 3, 16, 16)
+
+
+def test_train_and_test_number_their_classes_alike(tmp_path):
+    for name in ("ant", "bee", "cow"):
+        save_pictures(tmp_path / "zoo" / "train" / name, 2)
+    save_pictures(tmp_path / "zoo" / "test" / "cow", 3)  # class 0 of those that are here, class 2 of all
+    train, test = (load(tmp_path / "zoo", tmp_path / "root", split=split) for split in ("train", "test"))
+    assert train.y.tolist() == [0, 0, 1, 1, 2, 2] and train.split == "train"
+    assert test.y.tolist() == [2, 2, 2] and test.classes == 3 and test.split == "test"
+    save_pictures(tmp_path / "zoo" / "test" / "dog", 1)
+    with pytest.raises(UserError, match=r"test/dog has pictures, but .*train/dog has none"):
+        load(tmp_path / "zoo", tmp_path / "root", split="test")
+
+
+def test_pictures_of_differing_sizes_are_cropped(tmp_path):
+    folder = tmp_path / "mix"
+    folder.mkdir()
+    wide = np.zeros((16, 48, 3), np.uint8)
+    wide[:, 16:32] = 200  # the central square
+    Image.fromarray(wide).save(folder / "a.png")
+    Image.fromarray(wide.transpose(1, 0, 2)).save(folder / "b.png")
+    Image.new("RGB", (100, 80), (200, 200, 200)).save(folder / "c.webp", lossless=True)
+    got = load(folder, tmp_path / "root", size=8)
+    assert got.x.shape == (3, 3, 8, 8)
+    assert got.x[..., 1:-1, 1:-1].eq(200).all()  # resizing before the crop mixes the neighbours into its edge only
+    assert load(folder, tmp_path / "root", size=24).x.shape == (3, 3, 24, 24)
+    with pytest.raises(UserError, match=r"a.png is not square \(48x16\): give a size"):
+        load(folder, tmp_path / "root")
+    (folder / "a.png").unlink()
+    (folder / "b.png").unlink()
+    save_pictures(folder, 1, size=(80, 80))
+    with pytest.raises(UserError, match=r"c.webp is not square"):
+        load(folder, tmp_path / "root")
+    (folder / "c.webp").unlink()
+    save_pictures(folder / "more", 0)
+    Image.new("RGB", (20, 20)).save(folder / "c.png")
+    with pytest.raises(UserError, match=r"pictures of mix differ in size \(.*0.png, .*c.png\): give a size"):
+        load(folder, tmp_path / "root")
+
+
+def test_grey_and_colour(tmp_path):
+    grey = save_pictures(tmp_path / "grey", 3, mode="L")
+    got = load(tmp_path / "grey", tmp_path / "root")
+    assert got.channels == 1 and torch.equal(got.x[:, 0], torch.from_numpy(grey))
+    for place in ("0", "z"):  # a colour picture before all grey ones, or after them
+        folder = tmp_path / f"mixed{place}"
+        folder.mkdir()
+        for i in range(3):
+            Image.fromarray(grey[i]).save(folder / f"{i + 1}.png")
+        Image.new("RGB", (16, 16), (1, 2, 3)).save(folder / f"{place}.png")
+        x = load(folder, tmp_path / "root").x
+        colour = 0 if place == "0" else 3
+        assert x.shape == (4, 3, 16, 16) and x[colour, :, 4, 4].tolist() == [1, 2, 3]
+        rest = torch.cat([x[:colour], x[colour + 1 :]])
+        assert torch.equal(rest, torch.from_numpy(grey)[:, None].expand(-1, 3, -1, -1))
+
+
+def test_unusual_pictures(tmp_path):
+    def read(image, **options):
+        image.save(tmp_path / "x.png", **options)
+        return data._picture(str(tmp_path / "x.png"), None, None, None)
+
+    sixteen = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    got = read(Image.fromarray(sixteen))
+    assert got.shape == (1, 16, 16) and np.abs(got[0].astype(float) - sixteen / 257).max() <= 0.5
+    got = read(Image.new("RGBA", (16, 16), (255, 0, 0, 0)))
+    assert got.shape == (3, 16, 16) and (got == 255).all()  # invisible: white
+    got = read(Image.new("LA", (16, 16), (100, 255)))
+    assert got.shape == (1, 16, 16) and (got == 100).all()
+    palette = Image.new("P", (16, 16), 1)
+    palette.putpalette([0, 0, 0, 10, 20, 30])
+    assert read(palette)[:, 3, 3].tolist() == [10, 20, 30]
+    assert (read(palette, transparency=1) == 255).all()
+    assert set(read(Image.new("1", (16, 16), 1)).flatten()) == {255}
+    image = Image.fromarray(np.repeat(np.uint8([[0], [255]]), [8, 8], 0).repeat(16, 1))  # black above white
+    exif = Image.Exif()
+    exif[0x0112] = 3  # the camera was held upside down
+    got = read(image, exif=exif)
+    assert (got[0, :8] == 255).all() and (got[0, 8:] == 0).all()
+
+
+def test_the_cache_is_used_while_nothing_changes(tmp_path, monkeypatch, capsys):
+    folder, root = tmp_path / "cats", tmp_path / "root"
+    save_pictures(folder, 4)
+    decoded = []
+    real = data._decode
+    monkeypatch.setattr(data, "_decode", lambda *args: decoded.append(1) or real(*args))
+    first = load(folder, root).x
+    assert "decoding cats: 4 of 4" in capsys.readouterr().err
+    again = load(folder, root).x
+    assert len(decoded) == 1 and torch.equal(first, again) and capsys.readouterr().err == ""
+    assert load(folder, root, size=8).x.shape[-1] == 8 and len(decoded) == 2
+    assert len(list((root / "cache").iterdir())) == 2  # one file a size, nothing unfinished
+
+    image = folder / "2.png"
+    Image.new("RGB", (16, 16), (9, 9, 9)).save(image)  # other content
+    assert load(folder, root).x[2].unique().tolist() == [9] and len(decoded) == 3
+    os.utime(image, ns=(1, 1))  # the same content, but who knows
+    assert len(load(folder, root)) == 4 and len(decoded) == 4
+    image.unlink()
+    assert len(load(folder, root)) == 3 and len(decoded) == 5
+    folder.rename(tmp_path / "dogs")
+    assert load(tmp_path / "dogs", root).name == "dogs" and len(decoded) == 6
+    assert len(list((root / "cache").iterdir())) == 3  # changes replaced the file of the old state
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "noise", "flipped", "other"])
+def test_a_damaged_cache_is_made_anew(tmp_path, capsys, damage):
+    folder, root = tmp_path / "cats", tmp_path / "root"
+    save_pictures(folder, 40)
+    wanted = load(folder, root).x.clone()
+    (file,) = (root / "cache").iterdir()
+    whole = file.read_bytes()
+    middle = len(whole) // 2
+    file.unlink()  # the first load may still have it mapped
+    if damage == "other":
+        torch.save([1, 2, 3], file)
+    else:
+        file.write_bytes({"empty": b"", "cut": whole[:middle], "noise": bytes(range(256)) * 40,
+                          "flipped": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]}[damage])
+    capsys.readouterr()
+    assert torch.equal(load(folder, root).x, wanted)
+    assert "is damaged" in capsys.readouterr().err
+    assert torch.equal(load(folder, root).x, wanted) and "damaged" not in capsys.readouterr().err
+
+
+def test_a_cache_that_cannot_be_written_does_not_stop_the_run(tmp_path, monkeypatch, capsys):
+    pixels = save_pictures(tmp_path / "cats", 3)
+    monkeypatch.setattr(torch, "save", no_network)
+    assert torch.equal(load(tmp_path / "cats", tmp_path / "root").x, torch.from_numpy(pixels).permute(0, 3, 1, 2))
+    assert "could not be written" in capsys.readouterr().err
+    assert list((tmp_path / "root" / "cache").iterdir()) == []
+
+
+def test_where_the_cache_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert data.cache_dir(tmp_path / "new") == tmp_path / "new" / "cache" and (tmp_path / "new" / "cache").is_dir()
+    marked = tmp_path / "marked"
+    marked.mkdir(mode=0o555)
+    assert data.cache_dir(marked) == Path("data/cache") and (tmp_path / "data" / "cache").is_dir()
+    assert list(marked.iterdir()) == []
+    (tmp_path / "file").write_text("not a folder")
+    assert data.cache_dir(tmp_path / "file") == Path("data/cache")
+    (tmp_path / "data" / "cache").chmod(0o555)
+    with pytest.raises(UserError, match=r"neither .*marked nor \./data can be written to"):
+        data.cache_dir(marked)
+
+
+# ------------------------------------------------------------------------------------------ what users are told
+
+
+@pytest.mark.parametrize("name, says", [
+    ("mnits", "there is no dataset 'mnits', perhaps mnist is meant: give a folder of pictures or one of digits"),
+    ("CIFAR10", "perhaps cifar10 is meant"),
+    ("qqqq", "there is no dataset 'qqqq': give"),
+    ("./qqqq", "there is no folder ./qqqq: give"),
+    ("pictures.zip", "there is no folder pictures.zip: give")])
+def test_unknown_names(name, says):
+    with pytest.raises(UserError) as error:
+        load(name)
+    assert says in str(error.value) and "swissroll" in str(error.value)
+
+
+def test_wrong_splits_and_sizes():
+    with pytest.raises(UserError, match="no split 'valid': it is train or test"):
+        load("digits", split="valid")
+    with pytest.raises(UserError, match="4 pixels is too small"):
+        load("digits", size=4)
+
+
+def test_folders_that_cannot_be_used(tmp_path):
+    folder, root = tmp_path / "cats", tmp_path / "root"
+    folder.mkdir()
+    with pytest.raises(UserError, match=r"there are no pictures \(.jpg .*\) in .*cats"):
+        load(folder, root)
+    save_pictures(folder, 3)
+    whole = (folder / "1.png").read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", b"not a picture"):
+        (folder / "1.png").write_bytes(damaged)
+        with pytest.raises(UserError, match=r"cats/1.png cannot be read as a picture \(.*\): replace or remove it"):
+            load(folder, root)
+    Image.new("RGB", (16, 7)).save(folder / "1.png")
+    with pytest.raises(UserError, match=r"1\.png is only 16x7 pixels: 8 are the least"):
+        load(folder, root, size=16)
+    (folder / "1.png").write_bytes(whole)
+    (folder / "9.png").symlink_to("nothing")
+    with pytest.raises(UserError, match=r"9\.png, a picture of cats, cannot be found \(No such file"):
+        load(folder, root)
+    (folder / "9.png").unlink()
+    save_pictures(folder / "kittens", 1)
+    with pytest.raises(UserError, match=r"both beside and inside its folders \(kittens\)"):
+        load(folder, root)
+    assert not (root / "cache").exists() or list((root / "cache").iterdir()) == []  # no failure was cached
+
+
+def test_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert data.main(["stacked-digits", "--split", "test"]) == 0
+    out = capsys.readouterr().out
+    assert "(10000, 1, 28, 28)" in out and "1,000 classes" in out
+    drawn = np.asarray(Image.open("stacked-digits-test.png"))
+    assert drawn.shape[2] == 3 and drawn.shape[0] == drawn.shape[1] > 560 and drawn.std() > 20
+    assert data.main(["ring8", "--out", "ring.png"]) == 0
+    ring = np.asarray(Image.open("ring.png")) < 250  # dark where points are: on the circle, not in its middle
+    middle = ring.shape[0] // 2
+    assert ring.any() and not ring[middle - 100 : middle + 100, middle - 100 : middle + 100].any()
+    for wrong in (["mnits"], ["digits", "--out", "nowhere/x.png"], ["digits", "--split", "all"]):
+        capsys.readouterr()
+        assert data.main(wrong) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.startswith("data.py: ") and len(err.splitlines()) == 1
+
+
+SHARED = Path(data.__file__).resolve().parent.parent / "shared" / "data"
+
+
+@pytest.mark.skipif(not (SHARED / "MNIST").is_dir(), reason="the genuine MNIST is not beside the repository")
+def test_the_genuine_mnist():
+    train, test = load("mnist", SHARED), load("mnist", SHARED, split="test")
+    assert train.x.shape == (60_000, 1, 28, 28) and test.x.shape == (10_000, 1, 28, 28)
+    assert train.y.bincount().tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
+    assert abs(train.x.float().mean().item() / 255 - 0.1307) < 1e-4  # the mean that every MNIST example prints
+
+# ======================================================================================================================
+# metrics.py
+# ======================================================================================================================
+
+
+def normal(n, d, seed=0):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def covariance(d, seed=0, rank=None):
+    a = normal(rank or 2 * d, d, seed)
+    return a.T @ a / len(a)
+
+
+# ------------------------------------------------------------------------------------------------ Frechet distance
+
+
+def test_frechet_distance_of_diagonal_gaussians_is_the_closed_form():
+    s1, s2, mu1, mu2 = (normal(1, 7, seed)[0] for seed in range(4))
+    expected = (mu1 - mu2).square().sum() + (s1.abs() - s2.abs()).square().sum()
+    got = metrics.frechet_distance(mu1, torch.diag(s1**2), mu2, torch.diag(s2**2))
+    assert got == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_frechet_distance_of_commuting_covariances_is_the_closed_form():
+    q = torch.linalg.qr(normal(9, 9))[0]
+    l1, l2 = normal(1, 9, 1)[0].abs(), normal(1, 9, 2)[0].abs()
+    zero = torch.zeros(9)
+    got = metrics.frechet_distance(zero, q * l1 @ q.T, zero, q * l2 @ q.T)
+    assert got == pytest.approx((l1.sqrt() - l2.sqrt()).square().sum().item(), rel=1e-10)
+
+
+def test_frechet_distance_of_a_shift_is_its_square_and_it_is_symmetric():
+    cov, shift = covariance(6), normal(1, 6, 3)[0]
+    assert metrics.frechet_distance(shift, cov, 0 * shift, cov) == pytest.approx(shift.square().sum().item(), rel=1e-9)
+    other = covariance(6, 5)
+    there = metrics.frechet_distance(shift, cov, 0 * shift, other)
+    assert there == pytest.approx(metrics.frechet_distance(0 * shift, other, shift, cov), rel=1e-12)
+
+
+def test_frechet_distance_in_one_dimension_is_the_integral_over_quantiles():
+    # W2 squared in one dimension: integral over u of (F1^-1(u) - F2^-1(u))^2, by the midpoint rule
+    u = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
+    quantile = torch.distributions.Normal(torch.tensor(0.0, dtype=torch.float64), 1.0).icdf(u)
+    integral = ((0.3 + 2.0 * quantile) - (-1.0 + 0.5 * quantile)).square().mean().item()
+    one = torch.ones(1, 1)
+    got = metrics.frechet_distance(torch.tensor([0.3]), 4 * one, torch.tensor([-1.0]), 0.25 * one)
+    assert got == pytest.approx(1.3**2 + 1.5**2, rel=1e-6)
+    assert got == pytest.approx(integral, rel=1e-4)
+
+
+@pytest.mark.parametrize("rank", [None, 3, 1])
+def test_frechet_distance_of_equal_inputs_is_zero(rank):
+    mu, cov = normal(1, 8)[0], covariance(8, rank=rank)
+    assert metrics.frechet_distance(mu, cov, mu, cov) == 0.0
+    nearly = metrics.frechet_distance(mu, cov, mu, cov * (1 + 1e-15))
+    assert 0 <= nearly < 1e-12  # without the shortcut for equal inputs
+
+
+def test_frechet_distance_of_singular_covariances_agrees_with_the_regular_case():
+    d, low = 12, 4
+    a, b = covariance(low, 1), covariance(low, 2)
+    wide = torch.zeros(2, d, d, dtype=torch.float64)
+    wide[0, :low, :low], wide[1, :low, :low] = a, b
+    q = torch.linalg.qr(normal(d, d, 3))[0]
+    expected = metrics.frechet_distance(torch.zeros(low), a, torch.zeros(low), b)
+    got = metrics.frechet_distance(torch.zeros(d), q @ wide[0] @ q.T, torch.zeros(d), q @ wide[1] @ q.T)
+    assert got == pytest.approx(expected, rel=1e-9)  # low rank = full
+    regular = covariance(d, 4)  # one singular, one not: either order
+    there = metrics.frechet_distance(torch.zeros(d), regular, torch.zeros(d), q @ wide[0] @ q.T)
+    back = metrics.frechet_distance(torch.zeros(d), q @ wide[0] @ q.T, torch.zeros(d), regular)
+    assert there == pytest.approx(back, rel=1e-9)
+    zero = torch.zeros(d, d)
+    assert metrics.frechet_distance(torch.zeros(d), zero, torch.zeros(d), regular) == pytest.approx(regular.trace().item())
+
+
+@pytest.mark.parametrize("n1, n2, d", [(20, 30, 50), (50, 50, 50), (20, 90, 50), (200, 300, 5), (2, 2, 40)])
+def test_frechet_distance_features_equals_that_of_the_statistics(n1, n2, d):
+    f1, f2 = normal(n1, d, 1), 1.5 * normal(n2, d, 2) + 0.1
+    expected = metrics.Moments.of(f1).distance(metrics.Moments.of(f2))
+    assert metrics.frechet_distance_features(f1, f2) == pytest.approx(expected, rel=1e-8)
+    assert metrics.frechet_distance_features(f1, f1) == 0.0
+    assert 0 <= metrics.frechet_distance_features(f1, f1.flip(0)) < 1e-11
+
+
+def test_frechet_distance_refuses_what_it_cannot_be_computed_from():
+    mu, cov = torch.zeros(3), torch.eye(3)
+    with pytest.raises(ValueError, match="covariances"):
+        metrics.frechet_distance(mu, cov, torch.zeros(4), torch.eye(4))
+    with pytest.raises(ValueError, match="finite"):
+        metrics.frechet_distance(mu, cov, mu, cov * math.nan)
+    with pytest.raises(ValueError, match="at least 2"):
+        metrics.frechet_distance_features(torch.zeros(1, 3), torch.zeros(5, 3))
+    with pytest.raises(ValueError, match="dimensions"):
+        metrics.frechet_distance_features(torch.zeros(5, 3), torch.zeros(5, 4))
+    with pytest.raises(ValueError, match="finite"):
+        metrics.frechet_distance_features(torch.zeros(5, 3) / 0, torch.zeros(5, 3))
+
+
+def test_frechet_latent_distance_is_the_distance_to_a_standard_normal():
+    z = 1.7 * normal(50, 6) + 0.4
+    moments = metrics.Moments.of(z)
+    expected = metrics.frechet_distance(moments.mean, moments.cov, torch.zeros(6), torch.eye(6))
+    assert metrics.frechet_latent_distance(z) == pytest.approx(expected, rel=1e-9)
+    white = torch.linalg.qr(normal(500, 4) - normal(500, 4).mean(0))[0] * math.sqrt(499)
+    assert metrics.frechet_latent_distance(white) < 1e-20
+    with pytest.raises(ValueError, match="at least 2"):
+        metrics.frechet_latent_distance(z[:1])
+
+
+# ------------------------------------------------------------------------------------------------------ statistics
+
+
+def test_moments_are_those_of_torch_whatever_the_order_and_the_batches():
+    f = (normal(301, 10) * 5 + 1000).float()  # far from 0: a sum of squares would lose its digits
+    exact = f.double()
+    for seed, size in ((None, 301), (1, 1), (2, 7), (3, 64)):
+        g = f if seed is None else f[torch.randperm(301, generator=torch.Generator().manual_seed(seed))]
+        moments = metrics.Moments(10)
+        for part in g.split(size):
+            moments.update(part)
+        assert moments.n == 301
+        assert (moments.mean - exact.mean(0)).abs().max() < 1e-9
+        assert (moments.cov - exact.T.cov()).abs().max() < 1e-9
+
+
+def test_merged_parts_are_the_whole():
+    f = normal(100, 6) + 3
+    parts = [metrics.Moments(6)] + [metrics.Moments.of(part) for part in f.split([1, 30, 69])]
+    merged = metrics.Moments(6)
+    for part in parts:
+        merged.merge(part)
+    assert merged.n == 100
+    torch.testing.assert_close(merged.mean, f.mean(0), rtol=1e-12, atol=0)
+    torch.testing.assert_close(merged.cov, f.T.cov(), rtol=1e-11, atol=1e-12)
+
+
+def test_moments_refuse_one_sample_other_dimensions_and_nan():
+    with pytest.raises(ValueError, match="at least 2 samples"):
+        metrics.Moments.of(torch.zeros(1, 3)).cov  # noqa: B018
+    moments = metrics.Moments(3)
+    for bad, words in ((torch.zeros(2, 4), "3 dimensions"), (torch.full((2, 3), math.nan), "finite"),
+                       (torch.zeros(3), "shape"), (torch.zeros(0, 3), "at least 1")):
+        with pytest.raises(ValueError, match=words):
+            moments.update(bad)
+    with pytest.raises(ValueError, match="dimensions"):
+        moments.merge(metrics.Moments(4))
+    assert moments.n == 0
+
+
+def _metrics_rank(i, rank, folder, f):
+    patience = datetime.timedelta(seconds=60)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2, timeout=patience)
+    mine = f[:5] if rank == 0 else f[5:]
+    moments = metrics.Moments(f.shape[1]).update(mine).merge_ranks()
+    torch.save((moments.state(), metrics.gather_rows(mine)), f"{folder}/rank{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_ranks_of_different_counts_merge_to_the_whole(tmp_path):
+    f = normal(32, 4) + 7
+    other = torch.multiprocessing.spawn(_metrics_rank, (1, str(tmp_path), f), join=False)
+    _metrics_rank(0, 0, str(tmp_path), f)
+    other.join()
+    whole = metrics.Moments.of(f)
+    for rank in range(2):
+        state, rows = torch.load(tmp_path / f"rank{rank}.pt")
+        assert state["n"] == 32
+        torch.testing.assert_close(state["mean"], whole.mean, rtol=1e-12, atol=0)
+        torch.testing.assert_close(state["scatter"], whole.scatter, rtol=1e-10, atol=1e-12)
+        assert torch.equal(rows, f)
+    assert torch.equal(metrics.gather_rows(f), f)  # without torch.distributed
+
+
+def test_cache_is_reused_and_a_damaged_or_stale_file_is_rebuilt(tmp_path, capsys):
+    built = []
+
+    def build():
+        built.append(1)
+        return {"values": torch.arange(1000.0), "n": len(built)}
+
+    first = metrics.cached(tmp_path, "kind", {"a": 1}, build)
+    assert metrics.cached(tmp_path, "kind", {"a": 1}, build)["n"] == 1 == first["n"]
+    assert metrics.cached(tmp_path, "kind", {"a": 2}, build)["n"] == 2  # another key, another file
+    assert len(built) == 2 and not capsys.readouterr().err
+    path = next(p for p in sorted(tmp_path.iterdir()) if torch.load(p)["n"] == 1)
+    good = path.read_bytes()
+    flipped = bytearray(good)
+    flipped[len(good) // 2] ^= 1  # one bit of the tensor, which torch.load would not notice
+    stale = torch.load(path) | {"key": "{}"}
+    for i, damage in enumerate((good[: len(good) // 2], b"", bytes(flipped), stale)):
+        torch.save(damage, path) if isinstance(damage, dict) else path.write_bytes(damage)
+        again = metrics.cached(tmp_path, "kind", {"a": 1}, build)
+        assert len(built) == 3 + i and torch.equal(again["values"], first["values"])
+        assert "rebuilding" in capsys.readouterr().err
+        assert torch.load(path)["n"] == len(built)
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+# ------------------------------------------------------------------------------------------------------- distances
+
+
+def naive_kid(x, y):
+    def kernel(a, b):
+        return (sum(p * q for p, q in zip(a, b)) / len(a) + 1) ** 3
+
+    x, y, n = x.tolist(), y.tolist(), len(x)
+    same = sum(kernel(s[i], s[j]) for s in (x, y) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
+    return same - 2 * sum(kernel(a, b) for a in x for b in y) / n**2
+
+
+def test_kernel_distance_equals_a_double_loop():
+    x, y = normal(12, 5, 1), normal(12, 5, 2) + 0.5
+    mean, std = metrics.kernel_distance(x, y, subsets=3, size=12)
+    assert mean == pytest.approx(naive_kid(x, y), rel=1e-10)
+    assert std < 1e-12  # every subset is the whole set
+
+
+def test_kernel_distance_is_unbiased():
+    f = normal(4000, 4)
+    values = torch.tensor([metrics.kernel_distance(a, b, 1, 10)[0] for a, b in zip(f[:2000].split(10), f[2000:].split(10))])
+    assert values.mean().abs() < 4 * values.std() / math.sqrt(len(values))
+    assert values.min() < 0 < values.max()
+    # counting the diagonals would shift it by far more than that error
+    biased = (f.square().sum(1) / 4 + 1).pow(3).mean() / 10 * 2
+    assert biased > 8 * values.std() / math.sqrt(len(values))
+
+
+def test_kernel_distance_refuses_subsets_larger_than_the_sets():
+    for arguments in ((normal(5, 3), normal(9, 3), 2, 6), (normal(5, 3), normal(5, 3), 2, 1)):
+        with pytest.raises(ValueError, match="cannot draw"):
+            metrics.kernel_distance(*arguments)
+    with pytest.raises(ValueError, match="dimensions"):
+        metrics.kernel_distance(normal(5, 3), normal(5, 4), 2, 2)
+
+
+def test_inception_score_of_uniform_is_one_and_of_balanced_certainty_the_number_of_classes():
+    assert metrics.inception_score(torch.full((100, 7), 1 / 7)) == pytest.approx((1.0, 0.0), abs=1e-6)
+    one_hot = torch.eye(7).repeat(20, 1)
+    assert metrics.inception_score(one_hot) == pytest.approx((7.0, 0.0), rel=1e-12)
+    # two splits, one of them all one class: mean and population std of 7 and 1
+    half = torch.cat([one_hot, torch.eye(7)[:1].repeat(140, 1)])
+    assert metrics.inception_score(half, splits=2) == pytest.approx((4.0, 3.0), rel=1e-12)
+
+
+def test_inception_score_refuses_too_few_rows_and_what_are_no_probabilities():
+    with pytest.raises(ValueError, match="splits"):
+        metrics.inception_score(torch.full((9, 2), 0.5))
+    for bad in (torch.ones(10, 2), torch.tensor([[1.5, -0.5]]).repeat(10, 1)):
+        with pytest.raises(ValueError, match="probabilities"):
+            metrics.inception_score(bad)
+    with pytest.raises(ValueError, match="finite"):
+        metrics.inception_score(torch.full((10, 2), math.nan))
+
+
+def test_precision_recall_on_constructed_sets():
+    real = torch.arange(10.0)[:, None]  # with k=1 each ball has radius 1
+    cases = [(real, (1.0, 1.0)), (real + 100, (0.0, 0.0)),
+             (torch.tensor([[0.0], [1.0], [2.0], [500.0]]), (0.75, 1.0)),  # 500 has a ball of 498 that covers all
+             (torch.tensor([[0.0], [0.25], [0.5], [0.75]]), (1.0, 0.2))]  # balls of .25: of the real ones 0 and 1
+    for fake, expected in cases:
+        assert metrics.precision_recall(real, fake, k=1, chunk=3) == pytest.approx(expected)
+    edge = torch.tensor([[-1.0], [20.0], [40.0]])  # -1 lies on the boundary of 0's ball: inside
+    assert metrics.precision_recall(real, edge, k=1)[0] == pytest.approx(1 / 3)
+    with pytest.raises(ValueError, match="at least 4 rows"):
+        metrics.precision_recall(real[:3], real, k=3)
+    with pytest.raises(ValueError, match="k must"):
+        metrics.precision_recall(real, real, k=0)
+
+
+def test_grid_modes_counts_high_quality_points_and_includes_the_edge():
+    centers = torch.tensor([[0.0, 0.0], [8.0, 0.0], [0.0, 8.0]])
+    points = torch.tensor([[0.0, 0.0], [0.75, 0.0], [0.0, -0.7501], [8.0, 0.5], [4.0, 4.0]])
+    assert metrics.grid_modes(points, centers, 0.25) == (2, pytest.approx(3 / 5))  # .75 is 3 std; .7501 beyond
+    assert metrics.grid_modes(points[4:], centers, 0.25) == (0, 0.0)
+    with pytest.raises(ValueError, match="std"):
+        metrics.grid_modes(points, centers, 0.0)
+    with pytest.raises(ValueError, match="dimensions"):
+        metrics.grid_modes(torch.zeros(3, 3), centers, 1.0)
+
+
+def test_stacked_modes_of_counted_labels():
+    assert metrics.stacked_modes(torch.arange(1000)) == (1000, pytest.approx(0.0, abs=1e-12))
+    modes, kl = metrics.stacked_modes(torch.tensor([3, 3, 3, 999]))
+    assert modes == 2 and kl == pytest.approx(0.75 * math.log(750) + 0.25 * math.log(250))
+    assert metrics.stacked_modes(torch.tensor([1, 1]), classes=4) == (1, pytest.approx(math.log(4)))
+    for bad in (torch.tensor([-1]), torch.tensor([1000]), torch.zeros(2), torch.zeros(0, dtype=torch.long)):
+        with pytest.raises(ValueError, match="labels must"):
+            metrics.stacked_modes(bad)
+
+
+def test_reconstruction_mse_is_the_mean_square_in_float64():
+    x = torch.zeros(2, 1, 2, 2)
+    assert metrics.reconstruction_mse(x, x + 0.5) == 0.25
+    assert metrics.reconstruction_mse(x.double(), x + 1e-20) == pytest.approx(1e-40)  # 0 in float32
+    with pytest.raises(ValueError, match="one shape"):
+        metrics.reconstruction_mse(x, x[:1])
+
+
+# ----------------------------------------------------------------------------------------------- Inception network
+
+
+@pytest.fixture(scope="module")
+def random_inception(tmp_path_factory):
+    """(path, state dict): random weights of the published shapes, scaled so that activations neither die nor grow."""
+    generator, state = torch.Generator().manual_seed(0), {}
+    for name, value in metrics.Inception().state_dict().items():
+        draw = torch.randn(value.shape, generator=generator)
+        if name.endswith(("conv.weight", "fc.weight")):
+            state[name] = draw * math.sqrt(2 / value[0].numel())
+        elif name.endswith(("bn.weight", "running_var")):
+            state[name] = 1 + 0.2 * draw.clamp(-2, 2)
+        else:
+            state[name] = 0.1 * draw
+    path = tmp_path_factory.mktemp("weights") / "random.pth"
+    torch.save(state, path)
+    return path, state
+
+
+@pytest.fixture
+def inception(random_inception, monkeypatch):
+    """The path of the random weights, which pass for the genuine ones while a test runs."""
+    path, _ = random_inception
+    monkeypatch.setattr(metrics, "INCEPTION_SHA256", hashlib.sha256(path.read_bytes()).hexdigest()[:8])
+    return str(path)
+
+
+def test_inception_has_the_checkpoints_names_and_shapes():
+    state = metrics.Inception().state_dict()
+    assert len(state) == 472 == 94 * 5 + 2 and sum(v.numel() for v in state.values()) == 23_885_392
+    shapes = {k: tuple(v.shape) for k, v in state.items()}
+    per_unit = {"conv.weight", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var"}
+    units = {k.rsplit(".", 2)[0] for k in state if not k.startswith("fc")}
+    assert len(units) == 94 and all(f"{u}.{t}" in state for u in units for t in per_unit)
+    for name, shape in {
+        "Conv2d_1a_3x3.conv.weight": (32, 3, 3, 3), "Conv2d_4a_3x3.conv.weight": (192, 80, 3, 3),
+        "Mixed_5b.branch_pool.conv.weight": (32, 192, 1, 1), "Mixed_5c.branch5x5_2.conv.weight": (64, 48, 5, 5),
+        "Mixed_5d.branch3x3dbl_3.conv.weight": (96, 96, 3, 3), "Mixed_6a.branch3x3.conv.weight": (384, 288, 3, 3),
+        "Mixed_6a.branch3x3dbl_3.conv.weight": (96, 96, 3, 3), "Mixed_6b.branch7x7_2.conv.weight": (128, 128, 1, 7),
+        "Mixed_6b.branch7x7dbl_5.conv.weight": (192, 128, 1, 7), "Mixed_6c.branch7x7dbl_2.conv.weight": (160, 160, 7, 1),
+        "Mixed_6e.branch7x7_3.bn.running_var": (192,), "Mixed_7a.branch7x7x3_4.conv.weight": (192, 192, 3, 3),
+        "Mixed_7b.branch3x3_2a.conv.weight": (384, 384, 1, 3), "Mixed_7b.branch3x3_2b.conv.weight": (384, 384, 3, 1),
+        "Mixed_7c.branch3x3dbl_3b.conv.weight": (384, 384, 3, 1), "Mixed_7c.branch1x1.conv.weight": (320, 2048, 1, 1),
+        "fc.weight": (1008, 2048), "fc.bias": (1008,),
+    }.items():  # fmt: skip
+        assert shapes[name] == shape, name
+
+
+def test_folded_network_equals_the_unfolded_one(inception, random_inception):
+    plain = metrics.Inception().eval()
+    plain.load_state_dict(random_inception[1], strict=False)
+    x = torch.rand(2, 3, 299, 299, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    with torch.no_grad():
+        expected, got = plain(x), metrics.load_inception(inception)(x)
+    assert (got - expected).norm() / expected.norm() < 1e-5
+    assert expected.std() > 0.1  # alive
+
+
+def test_pools_do_not_count_padding_and_the_last_block_takes_the_maximum():
+    def identity(block):  # let the pooling branch show the pooled input: kernel 1, weight 1, no shift
+        unit = block.branch_pool
+        torch.nn.init.dirac_(unit.conv.weight)
+        unit.bn.eps = 0.0
+        block.chains = []
+        return block.eval()
+
+    x = torch.rand(1, 2048, 5, 5, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        mean = identity(metrics.block_8(2048, "avg"))(x)
+        most = identity(metrics.block_8(2048, "max"))(x)
+    for i, j in ((0, 0), (0, 2), (2, 2), (4, 1)):
+        window = x[0, :192, max(i - 1, 0) : i + 2, max(j - 1, 0) : j + 2].flatten(1)
+        torch.testing.assert_close(mean[0, :, i, j], window.mean(1))
+        torch.testing.assert_close(most[0, :, i, j], window.amax(1))
+    blocks = dict(metrics.Inception().named_children())
+    kinds = {name: block.pool for name, block in blocks.items() if name.startswith("Mixed")}
+    assert [name for name, kind in kinds.items() if kind == "max"] == ["Mixed_7c"]
+    assert [name for name, kind in kinds.items() if kind == "reduce"] == ["Mixed_6a", "Mixed_7a"]
+
+
+def test_input_flavours_are_their_definitions_and_differ():
+    u8 = torch.randint(0, 256, (1, 3, 20, 30), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    ours, tf = metrics.inception_input(u8, "pytorch-fid"), metrics.inception_input(u8, "tf")
+    assert ours.shape == tf.shape == (1, 3, 299, 299) and (ours - tf).abs().mean() > 0.01
+    for offset, got, scale in ((0.5, ours, lambda v: v / 127.5 - 1), (0.0, tf, lambda v: (v - 128) / 128)):
+        for i, j in ((0, 0), (150, 77), (298, 298), (13, 201)):
+            y, x = (max((k + offset) * n / 299 - offset, 0) for k, n in ((i, 20), (j, 30)))
+            a, b = int(y), int(x)
+            c, d = min(a + 1, 19), min(b + 1, 29)
+            p = u8[0].double()
+            top = p[:, a, b] * (1 - x + b) + p[:, a, d] * (x - b)
+            bottom = p[:, c, b] * (1 - x + b) + p[:, c, d] * (x - b)
+            expected = scale(top * (1 - y + a) + bottom * (y - a))
+            torch.testing.assert_close(got[0, :, i, j].double(), expected, rtol=0, atol=2e-5)
+    grey = u8[:, :1]
+    assert torch.equal(metrics.inception_input(grey, "tf"), metrics.inception_input(grey.expand(-1, 3, -1, -1), "tf"))
+
+
+def test_features_of_a_list_of_sizes_are_those_of_each_alone_and_logits_have_no_bias(inception, random_inception):
+    images = [torch.randint(0, 256, (3, n, n), generator=torch.Generator().manual_seed(n), dtype=torch.uint8)
+              for n in (16, 24, 16)]
+    extract = metrics.InceptionFeatures(inception)
+    features, logits = extract(images)
+    assert features.shape == (3, 2048) and logits.shape == (3, 1008)
+    for i, image in enumerate(images):
+        alone = extract(image[None])[0][0]
+        assert (features[i] - alone).norm() / alone.norm() < 1e-5
+    torch.testing.assert_close(logits, features @ random_inception[1]["fc.weight"].T)
+    rough = metrics.InceptionFeatures(inception, amp="bf16")
+    error = (rough(images)[0] - features).norm() / features.norm()
+    assert 1e-4 < error < 0.2 and "bf16" in rough.name and rough.key != extract.key
+
+
+def test_only_the_genuine_weights_are_read(random_inception, inception, tmp_path, monkeypatch):
+    path, state = random_inception
+    pickled = tmp_path / "code.pth"
+    torch.save({"x": print}, pickled)
+
+    def genuine(file):
+        monkeypatch.setattr(metrics, "INCEPTION_SHA256", hashlib.sha256(file.read_bytes()).hexdigest()[:8])
+
+    counted = tmp_path / "counted.pth"  # some conversions carry batch norm's counters
+    torch.save({**state, "Mixed_5b.branch1x1.bn.num_batches_tracked": torch.tensor(0)}, counted)
+    genuine(counted)
+    metrics.load_inception(str(counted))
+    short = tmp_path / "short.pth"
+    torch.save({k: v for k, v in state.items() if k != "Mixed_6b.branch1x1.conv.weight"}, short)
+    wide = tmp_path / "wide.pth"
+    torch.save({**state, "fc.bias": torch.zeros(1000)}, wide)
+    for file, words in ((pickled, "tensors"), (short, "Mixed_6b.branch1x1.conv.weight"), (wide, "fc.bias")):
+        genuine(file)
+        with pytest.raises(metrics.UserError, match=words):
+            metrics.load_inception(str(file))
+    monkeypatch.undo()  # back to the published hash, which random weights do not have
+    for file, words in ((path, "is not the 2015"), (pickled, "is not the 2015"), (tmp_path / "none", "no file")):
+        with pytest.raises(metrics.UserError, match=words) as error:
+            metrics.InceptionFeatures(str(file))
+        assert metrics.INCEPTION_FILE in str(error.value) and metrics.INCEPTION_URL in str(error.value)
+
+
+def test_failed_download_is_one_sentence_naming_file_place_and_remedy(monkeypatch):
+    def offline(url, **options):
+        assert url == metrics.INCEPTION_URL and options["check_hash"] and options["weights_only"]
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
+    with pytest.raises(metrics.UserError, match="no network") as error:
+        metrics.load_inception("auto")
+    assert all(word in str(error.value) for word in (metrics.INCEPTION_FILE, metrics.INCEPTION_URL, "checkpoints"))
+    assert "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------ classifier and evaluator
+
+
+def quadrants(n, split, seed, channels=1, stacked=False):
+    """A labelled set anyone can classify: noise, and one bright quadrant of four (ten classes are declared if stacked)."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randint(0, 120, (n, channels, 16, 16), generator=generator, dtype=torch.uint8)
+    y = torch.arange(n) % 4
+    for image, label in zip(x, y):
+        row, column = divmod(int(label), 2)
+        image[:, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8] += 120
+    name = "stacked-quadrants" if stacked else "quadrants"
+    return data.Dataset(name, split, x, y, 1000 if stacked else 4, stacked)
+
+
+@pytest.fixture(scope="module")
+def sets():
+    return quadrants(2000, "train", 1), quadrants(300, "test", 2)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("metrics-cache")
+
+
+def test_classifier_learns_is_cached_and_leaves_the_random_numbers_alone(sets, cache, monkeypatch):
+    before = torch.random.get_rng_state()
+    with torch.inference_mode():  # as a training loop may call it
+        first = metrics.ClassifierFeatures(*sets, root=cache)
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert first.accuracy > 0.97 and first.name == "quadrants classifier features (d=128)"
+    trained = metrics.train_classifier
+    monkeypatch.setattr(metrics, "train_classifier", lambda *_: pytest.fail("trained again"))
+    again = metrics.ClassifierFeatures(*sets, root=cache)
+    features, logits = again(sets[1].x)
+    assert again.accuracy == first.accuracy == (logits.argmax(1) == sets[1].y).float().mean().item()
+    assert torch.equal(first(sets[1].x)[0], features) and features.shape == (300, 128)
+    # a changed set, and a changed recipe, are not served from the cache
+    calls = []
+    monkeypatch.setattr(metrics, "train_classifier", lambda *a: calls.append(1) or trained(*a))
+    monkeypatch.setitem(metrics.RECIPE, "seed", 5)
+    metrics.ClassifierFeatures(*sets, root=cache)
+    changed = quadrants(2000, "train", 1)
+    changed.x[7, 0, 3, 3] += 1
+    metrics.ClassifierFeatures(changed, sets[1], root=cache)
+    assert len(calls) == 2
+
+
+def test_classifier_is_deterministic(sets):
+    recipe = metrics.classifier_recipe(1, torch.device("cpu")) | {"epochs": 1}
+    one, two = (metrics.train_classifier(sets[0], 4, recipe, torch.device("cpu")) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values()))
+
+
+def test_classifier_needs_labels(sets, cache):
+    bare = data.Dataset("bare", "train", sets[0].x, None, 0)
+    with pytest.raises(metrics.UserError, match="no labels"):
+        metrics.ClassifierFeatures(bare, bare, root=cache)
+
+
+def test_evaluator_of_real_images_is_near_zero_deterministic_and_leaves_the_random_numbers_alone(sets, cache):
+    evaluator = metrics.Evaluator(*sets, 16, root=cache, samples=300, batch=70)
+    real = data.to_float(sets[1].x)
+
+    def sample(n):  # real images, drawn at random
+        return real[torch.randint(len(real), (n,))]
+
+    before = torch.random.get_rng_state()
+    one, two = evaluator(sample, lambda x: x * 0.5), evaluator(sample, lambda x: x * 0.5)
+    assert torch.equal(before, torch.random.get_rng_state()) and one == two
+    noise = evaluator(lambda n: torch.rand(n, 1, 16, 16) * 2 - 1)
+    assert 0 <= one["fcd"] < 0.1 * noise["fcd"] and "mse" not in noise and "fid" not in one
+    assert one["mse_pm1"] == pytest.approx(real.square().mean().item() / 4, rel=1e-6)
+    assert one["mse"] == pytest.approx(one["mse_pm1"] / 4)
+    assert len(one["class_share"]) == 4 and sum(one["class_share"]) == pytest.approx(1, abs=1e-5)
+    assert one["class_min"] == pytest.approx(min(one["class_share"]), abs=1e-5)
+    assert one["class_max"] == pytest.approx(max(one["class_share"]), abs=1e-5)
+    assert 3 < one["is_real"] <= 4 and 3 < one["is"] <= 4 and one["confident"] > 0.5
+    assert one["classifier_accuracy"] > 0.97
+    expected = "fcd: quadrants classifier features (d=128), 300 test images vs 300 samples, 16x16; mse: 300 test images, 16x16"
+    assert one["protocol"] == expected
+    json.dumps(one)
+
+
+def test_evaluator_scores_samples_as_they_would_be_saved(sets, cache):
+    evaluator = metrics.Evaluator(*sets, 16, root=cache, samples=40, batch=40)
+    exact = data.to_float(sets[1].x[:40])
+    assert evaluator(lambda n: exact)["fcd"] == evaluator(lambda n: exact + 0.4 / 127.5)["fcd"]  # rounds to the same
+    assert evaluator(lambda n: exact)["fcd"] != evaluator(lambda n: exact + 0.6 / 127.5)["fcd"]
+
+
+def test_evaluator_refuses_bad_samples_points_and_too_few(sets, cache):
+    evaluator = metrics.Evaluator(*sets, 16, root=cache, samples=20, batch=20)
+    for bad in (torch.full((20, 1, 16, 16), math.nan), torch.zeros(19, 1, 16, 16), torch.zeros(20, 256)):
+        with pytest.raises(ValueError, match="finite images"):
+            evaluator(lambda n: bad)
+    with pytest.raises(ValueError, match="10 samples"):
+        metrics.Evaluator(*sets, 16, root=cache, samples=9)
+    points = data.Dataset("grid25", "train", torch.zeros(50, 2), None, 0)
+    with pytest.raises(ValueError, match="points"):
+        metrics.Evaluator(points, points, 16, root=cache)
+
+
+def test_evaluator_of_an_unlabelled_set_measures_reconstructions_only(sets, cache):
+    bare = data.Dataset("bare", "train", sets[0].x[:50], None, 0)
+    result = metrics.Evaluator(bare, bare, 16, root=cache, samples=50)(lambda n: pytest.fail("drawn in vain"), lambda x: x)
+    assert result == {"mse_pm1": 0.0, "mse": 0.0, "protocol": "mse: 50 train images, 16x16"}
+
+
+def test_evaluator_of_a_stacked_set_counts_modes(cache):
+    train, test = quadrants(2000, "train", 1, stacked=True), quadrants(300, "test", 2, stacked=True)
+    evaluator = metrics.Evaluator(train, test, 16, root=cache, samples=640, batch=64)
+    digits = [data.to_float(test.x[k : k + 1]) for k in range(4)]  # one image of each class
+    triple = torch.cat([digits[3], digits[0], digits[2]], 1)
+    result = evaluator(lambda n: triple.expand(n, -1, -1, -1))
+    assert (result["modes"], result["kl"]) == (1, pytest.approx(math.log(1000)))
+    assert evaluator.classifier.stacked_labels(data.to_uint8(triple)).tolist() == [302]
+    assert result["modes_real"] == 64 and "fcd" not in result and "modes, kl" in result["protocol"]
+    every = torch.stack([torch.cat([digits[a], digits[b], digits[c]], 1)[0]
+                         for a in range(4) for b in range(4) for c in range(4)])
+    result = evaluator(lambda n: every)
+    assert (result["modes"], result["kl"]) == (64, pytest.approx(math.log(1000 / 64)))
+
+
+def test_evaluator_prints_fid_with_the_weights_and_caches_the_real_statistics(sets, cache, inception, monkeypatch):
+    train, test = sets[0], data.Dataset("quadrants", "test", sets[1].x[:12], sets[1].y[:12], 4)
+    evaluator = metrics.Evaluator(train, test, 16, root=cache, samples=10, inception=inception)
+    result = evaluator(lambda n: torch.zeros(n, 1, 16, 16))
+    assert result["fid"] > 0 and "fid: 2015 Inception features (d=2048, pytorch-fid flavour), 12 test" in result["protocol"]
+    monkeypatch.setattr(metrics, "collect", lambda *_: pytest.fail("the real statistics were computed again"))
+    metrics.Evaluator(train, test, 16, root=cache, samples=10, inception=inception)
+    with pytest.raises(pytest.fail.Exception):  # another size is another statistic
+        metrics.Evaluator(train, test, 8, root=cache, samples=10, inception=inception)
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Two folders of pictures of several sizes and modes, one of them with subfolders."""
+    base = tmp_path_factory.mktemp("pictures")
+    for seed, name in enumerate(("a", "b")):
+        (base / name / "sub").mkdir(parents=True)
+        for i in range(10):
+            size = (3, 16, 16) if i % 3 else (3, 20, 12)
+            u8 = torch.randint(0, 256 - 80 * seed, size, generator=torch.Generator().manual_seed(100 * seed + i))
+            image = Image.fromarray(u8.permute(1, 2, 0).to(torch.uint8).numpy())
+            image = image.convert("L") if i == 5 else image
+            image.save(base / name / ("sub" if i % 2 else ".") / f"{i}.png")
+    return base
+
+
+def command(capsys, *arguments):
+    code = metrics.main([str(a) for a in arguments])
+    return code, *capsys.readouterr()
+
+
+def test_command_line_compares_folders_and_saved_statistics(folders, inception, tmp_path, capsys):
+    a, b = folders / "a", folders / "b"
+    weights = ("--weights", inception, "--device", "cpu", "--json")
+    code, out, err = command(capsys, a, b, *weights, "--fid", "--kid", "--is", "--pr")
+    result = json.loads(out)
+    assert code == 0 and set(result) == {"fid", "kid", "kid_std", "is", "is_std", "precision", "recall", "protocol", "note"}
+    assert result["fid"] > 0 and "n=10 is below 10,000" in result["note"]
+    assert "pytorch-fid flavour" in result["protocol"] and "a (n=10) vs b (n=10)" in result["protocol"] and "10/10" in err
+    saved = tmp_path / "a.pt"
+    assert command(capsys, "stats", a, saved, *weights)[0] == 0
+    code, out, _ = command(capsys, saved, b, *weights)
+    assert json.loads(out)["fid"] == pytest.approx(result["fid"], rel=1e-6)  # singular covariances against the Gram form
+    assert json.loads(command(capsys, saved, saved, *weights)[1])["fid"] == 0.0
+    few = json.loads(command(capsys, a, a, *weights, "--n", 5, "--batch", 2)[1])
+    assert few["fid"] == 0.0 and "(n=5)" in few["protocol"]
+    code, out, err = command(capsys, saved, b, *weights, "--flavour", "tf")
+    assert code == 2 and not out and "pytorch-fid flavour" in err and "tf flavour" in err
+    code, out, err = command(capsys, saved, b, *weights, "--kid")
+    assert code == 2 and "need pictures" in err
+
+
+def test_command_line_prints_no_fid_without_the_weights(folders, tmp_path, capsys, monkeypatch):
+    def offline(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
+    code, out, err = command(capsys, folders / "a", folders / "b")
+    assert code == 2 and not out and err.count("\n") == 1 and metrics.INCEPTION_FILE in err
+    wrong = tmp_path / "wrong.pth"
+    torch.save({}, wrong)
+    code, out, err = command(capsys, folders / "a", folders / "b", "--weights", wrong)
+    assert code == 2 and not out and "not the 2015 Inception" in err
+
+
+def test_command_line_fcd_needs_no_weights(folders, sets, capsys, monkeypatch, cache):
+    monkeypatch.setattr(data, "load", lambda name, root, size=None, split="train": sets[split == "test"])
+    code, out, _ = command(capsys, "quadrants:test", folders / "b", "--fcd", "--root", cache, "--device", "cpu", "--json")
+    result = json.loads(out)
+    assert code == 0 and result["fcd"] > 1 and "fid" not in result
+    assert result["protocol"] == "quadrants classifier features (d=128), quadrants:test (n=300) vs b (n=10)"
+    same = command(capsys, "quadrants:test", "quadrants:test", "--fcd", "--root", cache, "--device", "cpu", "--json")[1]
+    assert json.loads(same)["fcd"] == 0.0
+    assert "fcd" in command(capsys, "quadrants:test", "quadrants:train", "--fcd", "--root", cache, "--device", "cpu")[1]
+
+
+def test_command_line_mistakes_are_one_sentence(folders, inception, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    good = (folders / "a" / "0.png").read_bytes()
+    (bad / "good.png").write_bytes(good)
+    (bad / "cut.png").write_bytes(good[: len(good) // 2])
+    (bad / "text.jpg").write_text("no picture")
+    junk = tmp_path / "junk.pt"
+    junk.write_bytes(b"junk")
+    a, one = folders / "a", tmp_path / "one"
+    one.mkdir()
+    (one / "good.png").write_bytes(good)
+    for arguments, words in (
+        ((a,), ["two sources"]),
+        (("stats", a), ["two sources"]),
+        ((a, tmp_path / "empty"), ["holds no pictures"]),
+        ((a, bad), ["cut.png", "text.jpg"]),
+        ((a, one), ["at least 2"]),
+        ((a, junk), ["junk.pt", "statistics"]),
+        ((a, "nosuchset"), ["nosuchset"]),
+        ((a, a, "--fcd"), ["labelled"]),
+        ((a, a, "--n", "1"), ["--n"]),
+        ((a, "grid25"), ["points"]),
+        (("stats", a, tmp_path / "none" / "out.pt"), ["cannot write"]),
+        (("stats", a, tmp_path / "out.pt", "--kid"), ["stats"]),
+    ):
+        code, out, err = command(capsys, *arguments, "--weights", inception, "--root", tmp_path)
+        last = err.strip().splitlines()[-1]
+        assert code == 2 and not out and last.startswith("metrics.py: "), (arguments, err)
+        assert all(word in last for word in words) and "good.png" not in last, last
+    if not torch.cuda.is_available():
+        assert "no CUDA" in command(capsys, a, a, "--device", "cuda")[2]
+
+
+def test_metrics_imports_alone(tmp_path):
+    import subprocess
+    import sys
+
+    (tmp_path / "metrics.py").write_text(open(metrics.__file__).read())
+    code = "import metrics, torch; print(metrics.frechet_latent_distance(torch.eye(3)))"
+    environment = {**os.environ, "PYTHONPATH": ""}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and float(done.stdout) > 0, done.stderr
 
 
 # ======================================================================================================================
