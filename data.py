@@ -286,10 +286,10 @@ def _glyph_tables() -> tuple[Tensor, Tensor, Tensor]:
             to_unique = F.one_hot(torch.tensor([unique.index(p) for p in run]), most).float()
             curve = _spline(len(run), stop - start, closed=run[0] == run[-1]) @ to_unique
             ends[v, 0, start:stop], ends[v, 1, start:stop] = curve[:-1], curve[1:]
-    # The elastic warp is a Gaussian random field (std 3 % of the box, changing over about 40 % of it) taken at the
+    # The elastic warp is a Gaussian random field (std 2.5 % of the box, changing over about 40 % of it) taken at the
     # points alone, since the curves follow; and 0.8 % of independent unsteadiness of the hand.
     distance2 = torch.cdist(points, points).square()
-    covariance = 3.0**2 * torch.exp(-distance2 / (2 * 40**2)) + 0.8**2 * torch.eye(most)
+    covariance = 2.5**2 * torch.exp(-distance2 / (2 * 40**2)) + 0.8**2 * torch.eye(most)
     return points, ends.flatten(1, 2), torch.linalg.cholesky(covariance)
 
 
@@ -304,7 +304,7 @@ def _draw(glyph: Tensor, generator: torch.Generator) -> Tensor:
         return low + (high - low) * torch.rand(len(glyph), 1, generator=generator)
 
     p = ends @ (points + warp @ normal(points.shape[1], 2))  # (B, 2 * SEGMENTS, 2)
-    turn, slant, wide = 0.04 * normal(1), 0.18 + 0.1 * normal(1), uniform(0.88, 1.12)
+    turn, slant, wide = 0.04 * normal(1), 0.18 + 0.08 * normal(1), uniform(0.9, 1.1)
     x, y = p[..., 0] * wide - slant * p[..., 1], p[..., 1]  # y points down, so minus leans to the right
     p = torch.stack([x * turn.cos() - y * turn.sin(), x * turn.sin() + y * turn.cos()], 2)
 

@@ -155,7 +155,7 @@ MODELS = {  # Table 2, row by row: what each changes of Config
     "ivlsgan": dict(base="lsgan", noise_schedule=LSGAN_NOISE),
 }
 DATASETS = {  # what a data set changes of Config; the paper's settings are Config itself
-    "digits": dict(size=32, width=32, latent=16, batch=32, steps=4200, eval_every=1400, lr=1e-3, beta2=.99,
+    "digits": dict(size=32, width=32, latent=16, batch=32, steps=4500, eval_every=1500, lr=1e-3, beta2=.99,
                    noise_schedule=((0, .2),)),                      # ours: chosen to be quick on two cores
     "stacked-digits": dict(size=32, width=32, steps=20_000, samples=26_000),   # ours
     "stacked-mnist": dict(steps=100_000, samples=26_000),           # Table 3: 100K iterations; 26,000 samples: PacGAN
@@ -560,6 +560,9 @@ def figures(model, run, step, x):
 # ======================================================================================================================
 
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
 class UserError(ValueError):
     """A mistake the user can put right: ends the run with this one sentence on stderr and exit code 2."""
 
@@ -683,8 +686,6 @@ class Run:
     def __init__(self, folder, config, machine, resume=False):
         self.folder, self.machine, self.main = pathlib.Path(folder), machine, machine.rank == 0
         self.losses, self.shown, self.signal = [], 0.0, 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda number, frame: setattr(self, "signal", number))
         if not self.main:
             return
         try:
@@ -700,6 +701,17 @@ class Run:
                             ) from None
         self.write_json("config.json", config | {"command": " ".join(sys.argv), "device": str(machine.device),
                                                  "precision": machine.amp, "world": machine.world} | versions())
+
+    def __enter__(self):
+        """From here to the end of the `with`, Ctrl-C and SIGTERM are only noted: the loop saves, then leaves."""
+        self.handlers = {n: signal.signal(n, lambda n, frame: setattr(self, "signal", n)) for n in SIGNALS}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if self.main:
+            self.log_file.close()
 
     def write_json(self, name, content):
         (self.folder / name).write_text(json.dumps(content, indent=1) + "\n")
@@ -783,12 +795,6 @@ class Run:
         if self.main:
             torch.save(state, self.folder / f"{name}.tmp")
             os.replace(self.folder / f"{name}.tmp", self.folder / name)
-
-    def close(self):
-        if self.main:
-            self.log_file.close()
-            if sys.stderr.isatty():
-                print(file=sys.stderr)
 
 
 def load_checkpoint(path, file):
@@ -991,40 +997,42 @@ def train(config, machine, folder, state=None):
         run.forget_after(start)
     if config.compile:
         compile_networks(model)
+    with run:
+        return loop(config, machine, model, batches, run, start, best,
+                    lambda step, epoch: evaluate(model, evaluator, run, step, epoch, x_test, config))
 
-    def save(name, step):
-        run.save(name, FILE, model, step, batches, dataclasses.asdict(config), best)
 
-    if state is None:
-        save("last.pt", 0)                                          # so that a run killed at any step can be resumed
+def loop(config, machine, model, batches, run, start, best, evaluate):
+    """Steps start + 1 .. config.steps: one batch, one `model.step`, and now and then a log line, an evaluation, a save."""
     metrics, text = {}, ""
     run.start_clock(start)
+    if start == 0:
+        run.save("last.pt", FILE, model, 0, batches, dataclasses.asdict(config), best)      # resumable from any kill
     for step in range(start + 1, config.steps + 1):
         run.add(step, model.step(next(batches)[0]))
-        leave = run.interrupted(step)
-        if step % LOG_EVERY == 0 or step == config.steps or leave:
-            losses, rate, epoch = run.flush(), run.rate(step, config.batch), step / batches.steps_per_epoch
+        leave, last, epoch = run.interrupted(step), step == config.steps, step / batches.steps_per_epoch
+        if step % LOG_EVERY == 0 or last or leave:
+            losses, rate = run.flush(), run.rate(step, config.batch)
             run.log(step, epoch=round(epoch, 3), img_per_s=rate, **losses)
             text = "  ".join(f"{k} {v:.3f}" for k, v in losses.items()) + f"  {rate:.0f} img/s"
         run.status(step, config.steps, text)
-        if step % config.eval_every == 0 or step == config.steps:
-            run.flush()
+        evaluated = step % config.eval_every == 0 or last
+        if evaluated:
+            run.flush()                                             # a loss that is not finite ends the run here
             if machine.rank == 0:
-                metrics = evaluate(model, evaluator, run, step, step / batches.steps_per_epoch, x_test, config)
+                metrics = evaluate(step, epoch)
                 run.say(step, metrics)
             machine.barrier()
             score = next((metrics[k] for k in ("fid", "fcd", "kl", "mse") if k in metrics), None)
             if machine.agree(score is not None and (best is None or score <= best)):
                 best = score
-                save("best.pt", step)
-            run.since = time.time()                                 # images/s are of training alone
-        if step % SAVE_EVERY == 0 or step % config.eval_every == 0 or step == config.steps or leave:
+                run.save("best.pt", FILE, model, step, batches, dataclasses.asdict(config), best)
+            run.since, run.counted = time.time(), step              # images/s are of training alone
+        if evaluated or step % SAVE_EVERY == 0 or leave:
             run.flush()
-            save("last.pt", step)
+            run.save("last.pt", FILE, model, step, batches, dataclasses.asdict(config), best)
         if leave:
-            run.close()
             raise Interrupted(f"stopped at step {step} and saved; continue with --resume {run.folder}", run.signal)
-    run.close()
     return metrics
 
 
