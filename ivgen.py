@@ -558,7 +558,8 @@ def figures(model, run, step, x):
 
 # ======================================================================================================================
 # Plumbing: device, precision, ranks, checkpoints, log. The same text in ivgen.py, aim.py and latentmap.py (a test holds
-# the three equal); nothing between these two banners knows which paper it serves.
+# the three equal); nothing between these two banners knows which paper it serves. Of its file it uses FILE, LOG_EVERY,
+# SAVE_EVERY and score_of.
 # ======================================================================================================================
 
 
@@ -938,6 +939,43 @@ def benchmark(model, x, steps, compiled=False):
             "tflop_per_s": float(f"{counter.total / seconds / 1e12:.3g}"), "peak_memory_mib": peak >> 20}
 
 
+def loop(config, machine, model, batches, run, start, best, evaluate):
+    """Steps start + 1 .. config.steps: one batch, one `model.step`, and now and then a log line, an evaluation, a save.
+
+    evaluate(step, epoch) -> metrics; the file's `score_of` says by which of them, the less the better, best.pt is kept.
+    """
+    metrics, text = {}, ""
+    run.start_clock(start)
+    if start == 0:
+        run.save("last.pt", FILE, model, 0, batches, dataclasses.asdict(config), best)      # resumable from any kill
+    for step in range(start + 1, config.steps + 1):
+        run.add(step, model.step(next(batches)[0]))
+        leave, last, epoch = run.interrupted(step), step == config.steps, step / batches.steps_per_epoch
+        if step % LOG_EVERY == 0 or last or leave:
+            losses, rate = run.flush(), run.rate(step, config.batch)
+            run.log(step, epoch=round(epoch, 3), img_per_s=rate, **losses)
+            text = "  ".join(f"{k} {v:.3f}" for k, v in losses.items()) + f"  {rate:.0f} img/s"
+        run.status(step, config.steps, text)
+        evaluated = step % config.eval_every == 0 or last
+        if evaluated:
+            run.flush()                                             # a loss that is not finite ends the run here
+            if machine.rank == 0:
+                metrics = evaluate(step, epoch)
+                run.say(step, metrics)
+            machine.barrier()
+            score = score_of(metrics)
+            if machine.agree(score is not None and (best is None or score <= best)):
+                best = score
+                run.save("best.pt", FILE, model, step, batches, dataclasses.asdict(config), best)
+            run.since, run.counted = time.time(), step              # images/s are of training alone
+        if evaluated or step % SAVE_EVERY == 0 or leave:
+            run.flush()
+            run.save("last.pt", FILE, model, step, batches, dataclasses.asdict(config), best)
+        if leave:
+            raise Interrupted(f"stopped at step {step} and saved; continue with --resume {run.folder}", run.signal)
+    return metrics
+
+
 def run_cli(main):
     """Calls `main()` and turns what can go wrong into a sentence and an exit code: 2 for a user's mistake, 3 for a loss
     that is not finite. Anything else is a defect of ours and keeps its traceback."""
@@ -984,6 +1022,11 @@ def evaluate(model, evaluator, run, step, epoch, x, config):
     return metrics
 
 
+def score_of(metrics):
+    """What best.pt is chosen by, the less the better: the first there is of fid, fcd, kl and mse."""
+    return next((metrics[name] for name in ("fid", "fcd", "kl", "mse") if name in metrics), None)
+
+
 def train(config, machine, folder, state=None):
     """Trains `config` in `folder`, from a checkpoint's `state` if given. Returns the last evaluation's metrics."""
     from data import Batches, load, ordered
@@ -1012,40 +1055,6 @@ def train(config, machine, folder, state=None):
     with run:
         return loop(config, machine, model, batches, run, start, best,
                     lambda step, epoch: evaluate(model, evaluator, run, step, epoch, x_test, config))
-
-
-def loop(config, machine, model, batches, run, start, best, evaluate):
-    """Steps start + 1 .. config.steps: one batch, one `model.step`, and now and then a log line, an evaluation, a save."""
-    metrics, text = {}, ""
-    run.start_clock(start)
-    if start == 0:
-        run.save("last.pt", FILE, model, 0, batches, dataclasses.asdict(config), best)      # resumable from any kill
-    for step in range(start + 1, config.steps + 1):
-        run.add(step, model.step(next(batches)[0]))
-        leave, last, epoch = run.interrupted(step), step == config.steps, step / batches.steps_per_epoch
-        if step % LOG_EVERY == 0 or last or leave:
-            losses, rate = run.flush(), run.rate(step, config.batch)
-            run.log(step, epoch=round(epoch, 3), img_per_s=rate, **losses)
-            text = "  ".join(f"{k} {v:.3f}" for k, v in losses.items()) + f"  {rate:.0f} img/s"
-        run.status(step, config.steps, text)
-        evaluated = step % config.eval_every == 0 or last
-        if evaluated:
-            run.flush()                                             # a loss that is not finite ends the run here
-            if machine.rank == 0:
-                metrics = evaluate(step, epoch)
-                run.say(step, metrics)
-            machine.barrier()
-            score = next((metrics[k] for k in ("fid", "fcd", "kl", "mse") if k in metrics), None)
-            if machine.agree(score is not None and (best is None or score <= best)):
-                best = score
-                run.save("best.pt", FILE, model, step, batches, dataclasses.asdict(config), best)
-            run.since, run.counted = time.time(), step              # images/s are of training alone
-        if evaluated or step % SAVE_EVERY == 0 or leave:
-            run.flush()
-            run.save("last.pt", FILE, model, step, batches, dataclasses.asdict(config), best)
-        if leave:
-            raise Interrupted(f"stopped at step {step} and saved; continue with --resume {run.folder}", run.signal)
-    return metrics
 
 
 def build(config, machine):
