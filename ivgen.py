@@ -37,14 +37,16 @@ Where this file departs from the paper, or had to choose (D1...):
   D5  ||.||_1 of Eq. (6) is the mean absolute error: summed over 12,288 pixels it would drown the other terms.
   D6  In Eq. (6) z is E(x), as everywhere else in Sec. 3, so x_i serves the second reconstruction and the classifier both.
   D7  Instance noise (Sec. 5: "variance is decayed", no numbers): the authors' standard deviations, at the same fractions of
-      training as theirs of 400 epochs; on real and generated images, IV models only. `--noise 0` switches it off.
+      training as theirs of 400 epochs; on real and generated images, IV models only. Config.noise scales it, 0 switches it off.
   D8  The authors' code uses Adam 2e-4 / 1e-2 on CIFAR-10: `--lr 2e-4` (E's rate keeps the paper's ratio of 50).
   D9  MRGAN: L_G + .25 ||x - G(E(x))||_1 + .25 [-log D(G(E(x)))]; the authors' code has the last sign reversed.
   D10 WGAN (RMSprop 5e-5, clip .01) and WGAN-GP (Adam 1e-4, betas (0, .9), penalty 10) use their own papers' settings; G moves
       every fifth step, so that each critic step sees a fresh batch.
-  D12 G sees batches of prior noise and of codes. Its running BN statistics, used to sample, follow the former only: with
-      all of them mixed in, samples are scored on statistics that belong to neither (measured: fcd 6.2 against 3.8).
   D11 Adversarial losses of D are averaged over the 2n real and generated images (Alg. 1, line 10: alpha / 2n).
+  D12 G sees batches of prior noise and of codes. Its running BN statistics, which `sample` uses, follow the former only: with
+      all of them mixed in, samples would be decoded with statistics that belong to neither.
+  D13 `--mu` and `--lam` set G's and D's weights and keep E's in the paper's proportion to them (2 and 4), so that `--mu 0` is
+      Table 4's "without the intervention loss".
 
 Run it.  python ivgen.py                                      IVLSGAN on drawn digits, offline, minutes on two cores
          python ivgen.py --dataset cifar10                    the paper's recipe: 64 x 64, 400 epochs

@@ -32,6 +32,7 @@ from PIL import Image
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
+import aim  # noqa: E402
 import data  # noqa: E402
 import ivgen  # noqa: E402
 import metrics  # noqa: E402
@@ -1928,6 +1929,517 @@ def test_bad_folders_and_checkpoints_end_in_one_sentence(pictures, tmp_path, cap
     ends("written by aim.py", "--resume", run)
     torch.save(state | {"config": state["config"] | {"width": 8}}, run / "last.pt")
     ends("another shape", "--resume", run)
+
+
+# ======================================================================================================================
+# aim.py: Adversarial Inference by Matching (uses cli, weights, moved and the fixture `pictures` of the parts above)
+# ======================================================================================================================
+
+
+def aim_small(model="aim", dataset="grid25", **changes):
+    """A small model of `model`'s kind in float32 on the CPU, a batch of data and one of codes for it."""
+    size = aim.preset(model, dataset).size
+    config = dataclasses.replace(aim.preset(model, dataset), width=8, latent=3 if size else 2, channels=1 if size else 2,
+                                 batch=8, steps_per_epoch=10)
+    config = dataclasses.replace(config, **changes)
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.rand((8, config.channels) + (size, size) * (size > 0), generator=generator) * 2 - 1
+    return aim.build(config), x, torch.randn(8, config.latent, generator=generator)
+
+
+def random_joint(seed, rows=4, columns=3):
+    """A discrete joint distribution (X, Z), all positive, float64."""
+    p = torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + .05
+    return p / p.sum()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_eq_2_and_3_decompose_the_matching_of_priors_and_conditionals(seed):
+    """Both sides of Eq. (3), and of Eq. (2) for each z, by enumeration, with nothing but sums of logarithms."""
+    p, q = random_joint(seed), random_joint(seed + 100)
+    X, Z = range(p.shape[0]), range(p.shape[1])
+    pz, qz = ([sum(joint[x][z] for x in X) for z in Z] for joint in (p, q))
+    qx = [sum(q[x][z] for z in Z) for x in X]
+    left = right = constant = 0.
+    for z in Z:
+        kl_conditionals = sum(p[x][z] / pz[z] * math.log((p[x][z] / pz[z]) / (q[x][z] / qz[z])) for x in X)
+        kl_to_data = sum(p[x][z] / pz[z] * math.log((p[x][z] / pz[z]) / qx[x]) for x in X)
+        nll = -sum(p[x][z] / pz[z] * math.log(q[x][z] / qx[x]) for x in X)
+        assert abs(kl_conditionals - (kl_to_data + nll + math.log(qz[z]))) < 1e-12                      # Eq. (2)
+        left += pz[z] * (kl_conditionals + math.log(pz[z] / qz[z]))                                     # Eq. (1)
+        right += pz[z] * (kl_to_data + nll)
+        constant -= pz[z] * math.log(pz[z])
+    assert abs(left + constant - right) < 1e-12 and left > 0                                            # Eq. (3)
+    matching, objective = aim.matching_objective(p, q)
+    assert abs(matching - left) < 1e-12 and abs(objective - right) < 1e-12
+
+
+def test_proposition_1_the_joints_are_equal_at_the_minimum():
+    """p(z) and q(x) given, p(x|z) and q(z|x) free: descending Eq. (3) alone ends at its bound H(p(z)), in equal joints."""
+    generator = torch.Generator().manual_seed(0)
+    p_z, q_x = random_joint(1).sum(0), random_joint(2).sum(1)
+    a, b = (torch.randn(4, 3, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(2))
+    optimiser = torch.optim.LBFGS([a, b], max_iter=500, tolerance_grad=1e-10, tolerance_change=1e-14)
+    bound = -(p_z * p_z.log()).sum()
+    joints = lambda: (a.softmax(0) * p_z, b.softmax(1) * q_x[:, None])
+
+    def closure():
+        optimiser.zero_grad()
+        objective = aim.matching_objective(*joints())[1]
+        objective.backward()
+        return objective
+
+    start = closure().item()
+    optimiser.step(closure)
+    with torch.no_grad():
+        p, q = joints()
+        matching, objective = aim.matching_objective(p, q)
+    assert start > bound + .3 and objective >= bound - 1e-12
+    assert objective - bound < 1e-7 and matching < 1e-7 and (p - q).abs().max() < 1e-4
+    elsewhere = torch.softmax(a.detach() + torch.randn(4, 3, generator=generator, dtype=torch.float64), 0) * p_z
+    assert aim.matching_objective(elsewhere, q)[1] > bound + .01
+
+
+def test_posterior_nll_is_eq_8():
+    z, mu, log_var = torch.randn(3, 64, 5, dtype=torch.float64).unbind()
+    expected = -torch.distributions.Normal(mu, (log_var / 2).exp()).log_prob(z).sum(1)
+    torch.testing.assert_close(aim.posterior_nll(z, mu, log_var), expected, rtol=1e-12, atol=1e-12)
+    expected = -torch.distributions.Normal(mu.float(), (log_var.float() / 2).exp()).log_prob(z.float()).sum(1)
+    torch.testing.assert_close(aim.posterior_nll(z.float(), mu.float(), log_var.float()), expected, rtol=1e-5, atol=1e-5)
+    half_distance = (z - mu).square().sum(1) / 2 + 5 / 2 * math.log(2 * math.pi)                        # AIM-: sigma = 1
+    torch.testing.assert_close(aim.posterior_nll(z, mu, torch.zeros_like(z)), half_distance)
+
+
+def test_aim_losses_are_their_equations():
+    real, fake, close = torch.randn(6), torch.randn(6), torch.testing.assert_close
+    p, q = torch.sigmoid(real), torch.sigmoid(fake)
+    close(aim.discriminator_loss(real, fake), -p.log().mean() - (1 - q).log().mean())                   # Eq. (7), negated
+    close(aim.generator_loss(fake), -q.log().mean())
+    close(aim.discriminator_loss(real, fake, "fgan"), -(real.mean() + (-torch.exp(fake - 1)).mean()))   # Eq. (6), negated
+    close(aim.generator_loss(fake, "fgan"), (-torch.exp(fake - 1)).mean())
+    close(aim.joint_loss(real, fake), -(1 - p).log().mean() - q.log().mean())                           # ALI, swapped
+    x, y = torch.randn(2, 4, 2).unbind()
+    close(aim.cycle_loss(x, y, 1), F.l1_loss(x, y))
+    close(aim.cycle_loss(x, y, 2), F.mse_loss(x, y))
+
+
+def test_eq_6_estimates_the_kl_divergence():
+    """Sec. 4.4: with the best D, 1 + log(q/p) pointwise, the value function is KL(p || q)'s lower bound, attained."""
+    p, q = random_joint(3, 6, 1)[:, 0], random_joint(4, 6, 1)[:, 0]
+    value = lambda d: (q * d).sum() - (p * (d - 1).exp()).sum()
+    best, kl = 1 + (q / p).log(), (q * (q / p).log()).sum()
+    assert abs(value(best) - kl) < 1e-12
+    assert all(value(best + .3 * torch.randn(6, dtype=torch.float64)) < kl for _ in range(20))
+
+
+def test_maxout_is_the_largest_of_its_pieces():
+    layer, x = aim.Maxout(3, 4, pieces=5), torch.randn(7, 3)
+    weight, bias = layer.linear.weight.view(5, 4, 3), layer.linear.bias.view(5, 4)
+    for b in range(7):
+        for n in range(4):
+            assert abs(layer(x)[b, n] - max((weight[k, n] @ x[b] + bias[k, n]).item() for k in range(5))) < 1e-6
+
+
+def test_aim_networks_are_tables_3_and_4():
+    def table(network):
+        kinds = {torch.nn.Conv2d: "conv", torch.nn.ConvTranspose2d: "up", torch.nn.Linear: "fc"}
+        found = []
+        for m in network.modules():
+            if type(m) in kinds:
+                ends = (m.in_features, m.out_features) if type(m) is torch.nn.Linear else (
+                    m.in_channels, m.out_channels, m.kernel_size[0], m.stride[0])
+                found.append([kinds[type(m)], *ends, False])
+            elif isinstance(m, torch.nn.modules.batchnorm._BatchNorm):
+                found[-1][-1] = True
+        return found
+
+    fc = lambda i, o, norm: ["fc", i, o, norm]
+    conv = lambda i, o, k, s, norm: ["conv", i, o, k, s, norm]
+    up = lambda i, o, k, s, norm: ["up", i, o, k, s, norm]
+    assert table(aim.Generator(28, 32, 1, 64)) == [                                                     # Table 3
+        fc(32, 1024, True), fc(1024, 6272, True), up(128, 64, 4, 2, True), up(64, 1, 4, 2, False)]
+    assert table(aim.Features(28, 1, 64)) == [conv(1, 64, 4, 2, False), conv(64, 128, 4, 2, True)]
+    assert table(aim.Critic(28, 64)) == [fc(6272, 1024, True), fc(1024, 64, False), fc(64, 1, False)]
+    head = [fc(576, 32, True), fc(32, 32, False)]
+    assert table(aim.Encoder(28, 32, 64)) == [conv(128, 64, 4, 2, True), *head, *head]
+    assert table(aim.Generator(64, 64, 3, 128)) == [                                                    # Table 4
+        up(64, 1024, 4, 1, True), up(1024, 512, 4, 2, True), up(512, 256, 4, 2, True), up(256, 128, 4, 2, True),
+        up(128, 3, 4, 2, False)]
+    assert table(aim.Features(64, 3, 128)) == [conv(3, 128, 4, 2, False), conv(128, 256, 4, 2, True),
+                                               conv(256, 512, 4, 2, True), conv(512, 1024, 4, 2, True)]
+    assert table(aim.Critic(64, 128)) == [conv(1024, 1, 4, 1, False)]
+    head = [fc(512, 64, True), fc(64, 64, False)]
+    assert table(aim.Encoder(64, 64, 128)) == [conv(1024, 512, 4, 2, False), conv(512, 512, 4, 2, True),
+                                               conv(512, 256, 2, 1, True), conv(256, 128, 1, 1, True), *head, *head]
+    slopes = lambda *networks: {m.negative_slope for n in networks for m in n.modules() if isinstance(m, torch.nn.LeakyReLU)}
+    assert slopes(aim.Features(28, 1, 4), aim.Critic(28, 4), aim.Encoder(28, 4, 4)) == {.1}
+    assert slopes(aim.Features(64, 1, 4), aim.Encoder(64, 4, 4)) == {.2}
+
+
+@pytest.mark.parametrize("dataset", ["grid25", "mnist", "cifar10"])
+@pytest.mark.parametrize("model", ["aim", "aim-minus", "aim-fgan", "gan", "ali", "alice", "alice-adv"])
+def test_every_aim_model_steps_and_answers_its_verbs(model, dataset):
+    net, x, z = aim_small(model, dataset)
+    losses = net.step(x)
+    assert all(v.isfinite() for v in losses.values()) and set(losses) == (
+        {"d", "g"} if model in ("gan", "ali") else {"d", "g", "e"})
+    assert net.decode(z).shape == x.shape and net.sample(5).shape == x[:5].shape
+    if dataset != "grid25":
+        assert net.sample(5).abs().max() <= 1
+    if model == "gan":
+        with pytest.raises(ValueError, match="gan has no encoder"):
+            net.encode(x)
+    else:
+        assert net.encode(x).shape == z.shape and net.reconstruct(x).shape == x.shape
+        assert net.neighbours(x, 3).shape == (8, 3, *x.shape[1:])
+
+
+def test_d_feature_sees_table_3s_scale():
+    net, x, z = aim_small("aim", "mnist")
+    sigmoid = torch.nn.Sequential(*list(net.G)[:-1])(z)             # all but the conversion to [-1, 1]
+    seen = net.features[0](net.G(z))
+    torch.testing.assert_close(seen, sigmoid)
+    assert 0 <= seen.min() and seen.max() <= 1 and net.G(z).min() < 0 <= net.features[0](x).min()
+
+
+def test_aim_initial_weights():
+    net, _, _ = aim_small("aim", "cifar10", width=32)
+    weight = net.G[1].weight
+    assert abs(weight.std() - .02) < 1e-3 and abs(weight.mean()) < 1e-3 and net.critic[0].bias.item() == 0
+    for model in ("aim", "ali"):                                    # D4: samples as wide as the data, D's kinks among them
+        net, _, _ = aim_small(model, width=400)
+        assert 2 < net.G(torch.randn(500, 2)).std() < 6
+        maxout = (net.features if model == "aim" else net.E[0])[0]
+        w, b = maxout.linear.weight.view(5, 200, 2), maxout.linear.bias.view(5, 200)
+        kink = ((b[0] - b[1]) / (w[0] - w[1]).norm(dim=1)).abs()    # how far from the origin the first two pieces meet
+        assert 1 < kink.median() < 4
+        flat, _, _ = aim_small(model, std=.02)
+        assert all((p == 0).all() for name, p in flat.named_parameters() if name.endswith("bias"))
+
+
+@pytest.mark.parametrize("dataset", ["grid25", "mnist"])
+def test_l_e_moves_g_and_e_and_not_d_feature(dataset):
+    """Sec. 5: E reads D_feature without updating it; but L_e reaches G through it."""
+    net, x, z = aim_small("aim", dataset)
+    held = [id(p) for group in net.optimisers["G"].param_groups for p in group["params"]]
+    for network, inside in ((net.G, True), (net.E, True), (net.features, False), (net.critic, False)):
+        assert all((id(p) in held) == inside for p in network.parameters())
+    gradient = torch.autograd.grad(net.losses(x, z)["e"], list(net.G.parameters()))
+    assert sum(g.abs().sum() for g in gradient) > 0
+    net.losses(x, z)["e"].backward()
+    assert all(p.grad is None for p in net.critic.parameters())
+
+    for optimiser in ("D", "G"):                                    # an update of the one leaves the other's networks alone
+        net, x, z = aim_small("aim", dataset)
+        net.machine.apply = lambda o, p, g, net=net, name=optimiser: (
+            aim.Machine.apply(net.machine, o, p, g) if o is net.optimisers[name] else None)
+        before = {name: weights(n) for name, n in net.named_children()}
+        net.step(x)
+        assert {name for name, n in net.named_children() if moved(before[name], n)} == (
+            {"features", "critic"} if optimiser == "D" else {"G", "E"})
+
+
+@pytest.mark.parametrize(("model", "lowered", "by"), [
+    ("gan", "d", "D"), ("gan", "g", "G"), ("aim", "d", "D"), ("aim", "g+e", "G"), ("aim-fgan", "d", "D"),
+    ("aim-fgan", "g+e", "G"), ("ali", "d", "D"), ("ali", "g", "G"), ("alice", "g+e", "G"), ("alice-adv", "d", "D"),
+    ("alice-adv", "g+e", "G")])
+def test_aim_losses_descend(model, lowered, by):
+    """Signs: a few small steps of one optimiser, the other at rest, lower its own loss on the same data and codes."""
+    net, x, z = aim_small(model, std=.2, lr=1e-4)
+    net.optimisers["D" if by == "G" else "G"].step = lambda *a, **k: None
+
+    def loss():
+        torch.manual_seed(5)
+        losses = net.losses(x, z)
+        return sum(losses[name] for name in lowered.split("+")).item()
+
+    before = loss()
+    for _ in range(3):
+        torch.manual_seed(5)
+        losses = net.losses(x, z)
+        for name, params, terms in (("D", net.discriminator(), losses["d"]),
+                                    ("G", net.generator(), losses["g"] + losses.get("e", 0.))):
+            if name == by:
+                net.machine.apply(net.optimisers[name], params, net.machine.gradients(terms, params))
+    assert loss() < before - 1e-6
+
+
+def test_one_term_alone_moves_what_it_should():
+    """lambda = 0: E rests while G moves. A step goes against the gradient of L_g + L_e in G and E, of L_d in D."""
+    net, x, _ = aim_small(lam=0.)
+    before = {name: weights(n) for name, n in net.named_children()}
+    net.step(x)
+    assert {name for name, n in net.named_children() if moved(before[name], n)} == {"G", "features", "critic"}
+
+    net, x, _ = aim_small(std=.2)
+    torch.manual_seed(3)
+    losses = net.losses(x, torch.randn(8, 2))                       # on the codes that `step` will draw
+    expected = [(params, torch.autograd.grad(total, params, retain_graph=True), [p.detach().clone() for p in params])
+                for params, total in ((net.discriminator(), losses["d"]), (net.generator(), losses["g"] + losses["e"]))]
+    torch.manual_seed(3)
+    net.step(x)
+    for params, gradients, old in expected:
+        for p, g, before in zip(params, gradients, old):            # Adam's first step is -lr * sign(gradient)
+            big = g.abs() > 1e-5
+            assert torch.equal((p - before)[big].sign(), -g[big].sign())
+
+
+def test_aim_minus_is_aim_with_sigma_1():
+    """AIM whose log-variance head gives 0 takes the very step AIM- takes."""
+    aim_net, x, _ = aim_small("aim", std=.2)
+    minus, _, _ = aim_small("aim-minus", std=.2)
+    torch.nn.init.zeros_(aim_net.E.log_var[-1].weight)
+    state = aim_net.state_dict()
+    minus.load_state_dict({k: v for k, v in state.items() if "log_var" not in k})
+    for net in (aim_net, minus):
+        torch.manual_seed(7)
+        net.losses_seen = net.step(x)
+    assert torch.equal(aim_net.losses_seen["e"], minus.losses_seen["e"])
+    assert all(torch.equal(v, aim_net.state_dict()[k]) for k, v in minus.state_dict().items() if torch.is_tensor(v))
+    assert torch.equal(minus.posterior(x)[1], torch.ones(8, 2)) and not torch.equal(aim_net.posterior(x)[1], torch.ones(8, 2))
+
+
+def test_gan_is_aim_without_e():
+    net, x, _ = aim_small("aim", lam=0.)
+    gan, _, _ = aim_small("gan")
+    gan.load_state_dict({k: v for k, v in net.state_dict().items() if not k.startswith("E.")})
+    for each in (net, gan):
+        torch.manual_seed(7)
+        each.step(x)
+    assert all(torch.equal(v, net.state_dict()[k]) for k, v in gan.state_dict().items() if torch.is_tensor(v))
+
+
+def test_algorithm_1s_losses():
+    net, x, z = aim_small(std=.2)
+    losses, x_tilde = net.losses(x, z), net.G(z)
+    rho_q, rho_p = (net.critic(net.features(each)).sigmoid() for each in (x, x_tilde))
+    mu, log_var = net.E(net.features(x_tilde))
+    torch.testing.assert_close(losses["d"], -rho_q.log().mean() - (1 - rho_p).log().mean())
+    torch.testing.assert_close(losses["g"], -rho_p.log().mean())
+    nll = -torch.distributions.Normal(mu, (log_var / 2).exp()).log_prob(z).sum(1)
+    torch.testing.assert_close(losses["e"], nll.mean() / 2)         # lambda = 1/d
+
+
+def test_aim_learning_rate_is_alpha_over_root_epoch():
+    net, x, _ = aim_small(lr=1e-3)                                  # ten steps an epoch
+    seen = []
+    for _ in range(40):
+        net.step(x)
+        seen.append({g["lr"] for o in net.optimisers.values() for g in o.param_groups})
+    for epoch in (1, 2, 3, 4):
+        assert all(rates == {1e-3 / math.sqrt(epoch)} for rates in seen[10 * epoch - 10:10 * epoch])
+    net.config.decay = "none"
+    assert net.rate() == 1e-3
+
+
+def test_aim_clamps_the_log_variance():
+    net, x, _ = aim_small()
+    for bias, sigma in ((50., math.exp(5)), (-50., math.exp(-5))):
+        torch.nn.init.constant_(net.E.log_var[-1].bias, bias)
+        torch.testing.assert_close(net.posterior(x)[1], torch.full((8, 2), sigma))
+
+
+def test_neighbours_are_drawn_from_the_posterior():
+    net, x, _ = aim_small(std=.3)
+    mu, sigma = net.posterior(x)
+    net.G = torch.nn.Identity()                                     # so that the neighbours are the codes themselves
+    z = net.neighbours(x, 4000)
+    assert ((z.mean(1) - mu).abs() < 5 * sigma / 4000 ** .5).all() and ((z.std(1) / sigma - 1).abs() < .06).all()
+    assert torch.equal(net.reconstruct(x), mu)
+
+
+def test_aim_inference_has_no_side_effects():
+    net, x, z = aim_small("aim", "mnist")
+    net.step(x)
+    before, rng = copy.deepcopy(net.state_dict()), torch.get_rng_state()
+    torch.testing.assert_close(net.decode(z), torch.cat([net.decode(z[i:i + 1]) for i in range(8)]), atol=1e-5, rtol=1e-4)
+    net.reconstruct(x)
+    assert torch.equal(rng, torch.get_rng_state()) and net.training
+    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items() if torch.is_tensor(v))
+
+
+def test_aim_presets_are_the_papers():
+    c = aim.preset("aim", "mnist")
+    assert (c.size, c.width, c.latent, c.batch, c.epochs, c.lr, c.beta1, c.decay) == (28, 64, 32, 100, 400, 2e-4, .5, "sqrt")
+    c = aim.preset("aim", "celeba")
+    assert (c.size, c.width, c.latent, c.batch, c.epochs, c.lr, c.beta1, c.std) == (64, 128, 64, 100, 300, 2e-4, .5, .02)
+    assert c.lam is None and aim.preset("aim-fgan", "celeba").lam == 1 and aim.preset().dataset == "grid25"
+    assert all(aim.preset(m, d).model == m for m in aim.MODELS for d in aim.DATASETS)
+
+
+@pytest.mark.parametrize("name", ["grid25", "ring8"])
+def test_mixture_is_where_the_points_are(name):
+    import data
+
+    means, std = aim.mixture(name)
+    test = data.load(name, split="test")
+    apart, nearest = torch.cdist(test.x, means).min(1)
+    assert nearest.unique().numel() == test.classes == len(means)
+    assert abs(apart.square().mean().sqrt() / 2 ** .5 / std - 1) < .02
+
+
+def test_point_metrics():
+    """The test points as their own reconstruction and as samples are perfect, up to the .989 of a 2-D Gaussian in 3 std."""
+    import data
+
+    test = data.load("grid25", split="test")
+    net, _, _ = aim_small()
+    net.reconstruct, net.decode = lambda x: x, lambda z: test.x[:len(z)]
+    m = aim.PointMetrics(test, 2500, 2)(net)
+    assert m["modes"] == 25 and abs(m["high_quality"] - (1 - math.exp(-4.5))) < .01 and m["mse"] == 0 and m["same_mode"] == 1
+    net.reconstruct, net.decode = lambda x: x + 2, lambda z: test.x[:len(z)] + 1
+    m = aim.PointMetrics(test, 2500, 2)(net)
+    assert m["modes"] == 0 and m["high_quality"] == 0 and abs(m["mse"] - 4) < 1e-5 and m["same_mode"] < .1
+    assert "2500 samples" in m["protocol"] and "10000 test points" in m["protocol"]
+
+
+def test_scatter_puts_points_where_they_belong():
+    picture = aim.scatter(torch.tensor([[.5, .5], [-.5, -.5], [3., 0.]]), torch.tensor([0, 1, 1]), 2, reach=1, side=100)
+    ink = (picture < 1).any(0).nonzero().float()
+    assert len(ink) == 8                                            # two dots of 2 x 2 pixels; the third point is outside
+    upper, lower = ink[ink[:, 0] < 50].mean(0), ink[ink[:, 0] > 50].mean(0)
+    assert (upper - torch.tensor([24.5, 75.5])).abs().max() < 2 and (lower - torch.tensor([74.5, 25.5])).abs().max() < 2
+
+
+def aim_quick(tmp_path, *more):
+    """Flags of a run on the grid of a second or two."""
+    return ("--root", tmp_path / "root", "--width", 8, "--batch", 20, "--samples", 100, "--device", "cpu", *more)
+
+
+def test_an_aim_run_leaves_what_it_promises(tmp_path):
+    run = tmp_path / "run"
+    assert cli(aim, *aim_quick(tmp_path, "--steps", 60, "--eval-every", 30, "--out", run)) == 0
+    config = json.loads((run / "config.json").read_text())
+    assert config["model"] == "aim" and config["lam"] is None and {"command", "torch", "device", "revision"} <= set(config)
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert {"d", "g", "e", "img_per_s", "epoch"} <= set(lines[1])
+    assert [line["step"] for line in lines if "protocol" in line] == [30, 60]
+    assert {"modes", "high_quality", "mse", "sigma", "same_mode"} <= set(lines[-1])
+    for name in ("samples/000030.png", "samples/000060.png", "recon/000060.png", "figures/panels-000060.png",
+                 "figures/mse.png", "figures/high_quality.png", "last.pt", "best.pt"):
+        assert (run / name).stat().st_size > 0
+    state = torch.load(run / "last.pt", weights_only=True)
+    assert state["step"] == 60 and state["file"] == "aim" and state["weights"]["_extra_state"] == 60
+    assert cli(aim, "--resume", run, "--sample", 7, "--device", "cpu") == 0
+    assert len((run / "drawn/points.csv").read_text().splitlines()) == 7 and (run / "drawn.png").exists()
+
+
+@pytest.mark.parametrize("flags", [("--size", 64, "--width", 4, "--latent", 3), ("--size", 28, "--width", 4, "--latent", 2)])
+def test_an_aim_run_on_pictures_leaves_the_papers_figures(flags, pictures, tmp_path):
+    from PIL import Image
+
+    run = tmp_path / "run"
+    assert cli(aim, "--dataset", pictures, "--root", tmp_path / "root", "--batch", 16, "--samples", 50, "--device", "cpu",
+               "--amp", "off", *flags, "--steps", 4, "--eval-every", 2, "--out", run) == 0
+    names = ["samples/000004.png", "recon/000004.png", "figures/neighbours-000004.png", "figures/traversals-000004.png",
+             "figures/mse.png", "figures/real.png"] + ["figures/manifold-000004.png"] * ("2" in map(str, flags))
+    for name in names:
+        assert (run / name).stat().st_size > 0
+    pixels, latent = flags[1], flags[5]
+    with Image.open(run / "figures/traversals-000004.png") as picture:      # a row for each dimension of the code
+        assert picture.size == (10 * (pixels + 1) + 1, latent * (pixels + 1) + 1)
+    last = json.loads((run / "log.jsonl").read_text().splitlines()[-1])
+    assert last["mse"] > 0 and last["sigma"] > 0 and "mse" in last["protocol"]
+    assert cli(aim, "--resume", run, "--sample", 3, "--device", "cpu") == 0 and len(list((run / "drawn").glob("*.png"))) == 3
+
+
+@pytest.mark.parametrize("model", ["aim", "alice-adv"])
+def test_a_killed_aim_run_resumes_bit_for_bit(model, tmp_path):
+    """SIGKILL between two saves; the learning rate's epoch, BN's statistics and the codes drawn go on as if it had not been
+    (1,250 of 5,000 points a step: four steps an epoch)."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    flags = aim_quick(tmp_path, "--model", model, "--dataset", "swissroll", "--batch", 1250, "--steps", 12, "--eval-every", 4)
+    assert cli(aim, *flags, "--out", whole) == 0
+    script = ("import sys, os, signal, torch, aim; torch.set_num_threads(int(sys.argv.pop(1)))\n"
+              "add = aim.Run.add\n"
+              "def kill(self, step, losses):\n"
+              "    add(self, step, losses)\n"
+              "    if step == 6: os.kill(os.getpid(), signal.SIGKILL)\n"
+              "aim.Run.add = kill\n"
+              "sys.exit(aim.run_cli(aim.main))")
+    done = subprocess.run([sys.executable, "-c", script, str(torch.get_num_threads()), *map(str, flags), "--out", str(killed)],
+                          cwd=HERE)
+    assert done.returncode == -signal.SIGKILL
+    assert cli(aim, "--resume", killed, "--device", "cpu") == 0
+    a, b = (torch.load(run / "last.pt", weights_only=True) for run in (whole, killed))
+    assert a["step"] == b["step"] == 12 and a["best"] == b["best"]
+    for key, value in a["weights"].items():
+        assert torch.equal(value, b["weights"][key]) if torch.is_tensor(value) else value == b["weights"][key], key
+    assert all(torch.equal(v, b["optimisers"][name]["state"][n][k]) for name in a["optimisers"]
+               for n, slot in a["optimisers"][name]["state"].items() for k, v in slot.items())
+
+
+def test_an_aim_loss_that_is_not_finite_ends_the_run(tmp_path, monkeypatch, capsys):
+    run, step = tmp_path / "run", aim.AIM.step
+
+    def bad(self, x):
+        losses = step(self, x)
+        return losses | {"e": losses["e"] * float("nan")} if self.iteration == 7 else losses
+
+    monkeypatch.setattr(aim.AIM, "step", bad)
+    assert cli(aim, *aim_quick(tmp_path, "--steps", 20, "--eval-every", 5, "--out", run)) == 3
+    err = capsys.readouterr().err
+    assert "step 7" in err and "'e' is nan" in err and "Traceback" not in err
+    assert torch.load(run / "last.pt", weights_only=True)["step"] == 5
+
+
+def test_aim_bench(capsys):
+    assert cli(aim, "--bench", 2, "--width", 8, "--batch", 4, "--device", "cpu") == 0
+    timed = json.loads(capsys.readouterr().out)
+    assert min(timed[k] for k in ("images_per_s", "gflop_per_step", "tflop_per_s", "peak_memory_mib")) >= 0
+    assert timed["size"] == 0 and timed["images_per_s"] > 0
+
+
+BAD_AIM_FLAGS = {
+    "unknown model": (["--model", "bigan"], "--model bigan is not one of aim"),
+    "unknown flag": (["--learning-rate", "1"], "unrecognized arguments: --learning-rate"),
+    "flag of another kind": (["--steps", "many"], "invalid int value: 'many'"),
+    "a size without a table": (["--dataset", "cifar10", "--size", "32"], "--size 32: the paper has networks for 28"),
+    "points with a size": (["--size", "28"], "--size 28 does not suit grid25, which holds points"),
+    "images without one": (["--dataset", "digits", "--size", "0"], "--size 0 does not suit digits, which holds images"),
+    "odd width": (["--width", "5"], "--width 5 is not an even number"),
+    "no codes": (["--latent", "0"], "--latent 0 is too small"),
+    "no norm": (["--model", "alice", "--k", "0.5"], "--k 0.5 is no norm"),
+    "no initial weights": (["--dataset", "digits", "--std", "0"], "--std 0 is the initialisation of the 2-D networks"),
+    "not a number": (["--lam", "nan"], "--lam nan must be a number"),
+    "a batch beyond the data": (["--batch", "200000"], "a batch of 200000 is more than the 100,000 items"),
+    "sample without a run": (["--sample", "4"], "--sample needs --resume"),
+    "no such run": (["--resume", "/nowhere/run"], "there is no checkpoint"),
+    "unknown device": (["--device", "abacus"], "--device abacus"),
+    "unknown dataset": (["--dataset", "gird25"], "grid25"),
+    "no such folder": (["--dataset", "/nowhere/pictures"], "/nowhere/pictures"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_AIM_FLAGS)
+def test_bad_aim_flags_end_in_one_sentence(case, capsys, tmp_path):
+    flags, sentence = BAD_AIM_FLAGS[case]
+    assert cli(aim, *flags, "--out", tmp_path / "run") == 2
+    err = capsys.readouterr().err
+    assert sentence in err and err.count("\n") == 1 and "Traceback" not in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_aim_checkpoints_end_in_one_sentence(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert cli(aim, *aim_quick(tmp_path, "--steps", 2, "--out", run)) == 0
+    whole = (run / "last.pt").read_bytes()
+    state = torch.load(io.BytesIO(whole), weights_only=True)
+
+    def ends(sentence, content, *flags):
+        (run / "last.pt").write_bytes(content) if isinstance(content, bytes) else torch.save(content, run / "last.pt")
+        capsys.readouterr()
+        assert cli(aim, "--resume", run, *flags) == 2
+        err = capsys.readouterr().err
+        assert sentence in err and err.count("\n") == 1 and "Traceback" not in err
+
+    ends("model aim, not gan", whole, "--model", "gan")
+    ends("lam None, not 0.3", whole, "--lam", .3)
+    ends("damaged or truncated", whole[:len(whole) // 2])
+    ends("not a checkpoint of aim.py", {"weights": {}})
+    ends("written by ivgen.py", state | {"file": "ivgen"})
+    ends("another shape", state | {"config": state["config"] | {"width": 16}})
 
 
 # ======================================================================================================================
