@@ -635,6 +635,7 @@ def sheet(dataset: Dataset) -> Tensor:
 
 
 def main(argv=None) -> int:
+    """The command line, `python data.py NAME`; returns the exit code (2 after one sentence for a user's mistake)."""
     parser = argparse.ArgumentParser(description="Look at a dataset: a summary, and a sheet of a hundred pictures.")
     parser.add_argument("name", help=f"{', '.join(IMAGE_SETS + POINT_SETS)}, or a folder of pictures")
     parser.add_argument("--root", default="data", help="where downloads and the cache live (default: data)")

@@ -134,7 +134,7 @@ class Config:
             raise UserError(f"--size {self.size} is not a power of two from 32 up (the networks halve it down to 4)")
         if self.k < 2 or self.latent % self.k:
             raise UserError(f"--k {self.k} does not divide the latent dimension {self.latent} into blocks (2 or more)")
-        for name, least in (("batch", 2), ("width", 1), ("latent", 2), ("e_steps", 1), ("samples", 2), ("epochs", 1e-9)):
+        for name, least in (("batch", 2), ("width", 1), ("latent", 2), ("e_steps", 1), ("samples", 10), ("epochs", 1e-9)):
             if not getattr(self, name) >= least:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} is too small")
         for name in ("mu", "lam", "lr", "noise"):
@@ -1041,6 +1041,8 @@ def train(config, machine, folder, state=None):
     config.channels = train_set.channels
     config.steps = config.steps or math.ceil(config.epochs * batches.steps_per_epoch)
     config.eval_every = config.eval_every or max(1, min(10 * batches.steps_per_epoch, config.steps // 12))
+    if config.inception and config.samples == Config.samples:       # fid by Table 2's protocol, unless --samples is given
+        config.samples = FID_SAMPLES.get(config.dataset, 50_000)
     config.check()
     model, start, best = build(config, machine), 0, None
     run = Run(folder, dataclasses.asdict(config), machine, resume=state is not None)

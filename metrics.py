@@ -870,11 +870,12 @@ class Evaluator:
         self.test, self.size, self.batch, self.samples = test, size, batch, samples
         self.device, self.count = torch.device(device), min(REFERENCE, len(test))
         if min(samples, self.count) < 10:
-            raise ValueError(f"an evaluation needs 10 samples and 10 test images, not {samples} and {self.count}")
+            raise UserError(f"an evaluation needs 10 samples and 10 test images, not {samples} and {self.count}")
+        # first, since it can fail for want of its weights, and the classifier is a minute's work on some data
+        inception_features = [InceptionFeatures(inception, device, amp=amp)] if inception else []
         labelled = is_labelled(train) and is_labelled(test)
         self.classifier = ClassifierFeatures(train, test, device, root) if labelled else None
-        self.extractors = [self.classifier] if self.classifier and not test.stacked else []
-        self.extractors += [InceptionFeatures(inception, device, amp=amp)] if inception else []
+        self.extractors = ([self.classifier] if self.classifier and not test.stacked else []) + inception_features
         # the Inception network takes minutes on a CPU, the classifier a second: only the former shows progress
         self.label = "Inception features" if inception else None
         real = {e.metric: real_statistics(test, self.count, size, e, root, batch, self.label) for e in self.extractors}
