@@ -192,6 +192,9 @@ def init_weights(model, std, reach):
                 module[0].linear.bias.data *= reach                 # D's kinks lie all over the data, not at 0
             elif isinstance(module, Generator):
                 module[-1].weight.data *= 2 * reach                 # and the first samples as well
+            elif isinstance(module, Encoder) and module.log_var is not None:
+                nn.init.zeros_(module.log_var[-1].weight)           # sigma starts at 1: where it starts small, 1 / sigma^2
+                nn.init.zeros_(module.log_var[-1].bias)             # throws G before D has seen anything
         elif isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
             nn.init.normal_(module.weight, 0., std)
             if module.bias is not None:
