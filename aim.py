@@ -36,8 +36,8 @@ Where this file departs from the paper, or had to choose (D1...):
   D4  The 2-D networks and their training are not printed. Here: those of ALI's 2-D experiment, which the paper repeats (G: four
       layers of 400 with BN and ReLU; D: three maxout layers of 200 with 5 pieces, the first two as D_feature), and for E the
       two-layer heads of Table 3, 200 wide, without BN. ALI's beta1 .8, batch of 100; ours: alpha 1e-3, 20 epochs, and initial
-      weights with the biases spread over the data. With the tables' N(0, .02) and zero biases (`--std .02`) every kink of D
-      goes through the origin, and finding the modes takes many times as long.
+      weights with the biases spread over the data and sigma = 1 at first. With the tables' N(0, .02) and zero biases
+      (`--std .02`) every kink of D goes through the origin, and finding the modes takes longer.
   D5  Table 3's images lie in [0, 1] (G ends in a sigmoid); everywhere else in these files they lie in [-1, 1]. The
       conversion is the last layer of G and the first of D_feature, so the layers between are the paper's.
   D6  `aim-fgan`, Eq. (6), minimises the printed value function for G as well; the paper warns that its gradient vanishes.
@@ -1087,6 +1087,8 @@ def run_cli(main):
     except Interrupted as error:
         print(f"\n{pathlib.Path(sys.argv[0]).name}: {error.args[0]}", file=sys.stderr)
         return 128 + error.args[1]
+    except KeyboardInterrupt:                               # before the loop, when there is nothing to save yet
+        return 128 + signal.SIGINT
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -994,6 +994,8 @@ def run_cli(main):
     except Interrupted as error:
         print(f"\n{pathlib.Path(sys.argv[0]).name}: {error.args[0]}", file=sys.stderr)
         return 128 + error.args[1]
+    except KeyboardInterrupt:                               # before the loop, when there is nothing to save yet
+        return 128 + signal.SIGINT
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
