@@ -957,7 +957,7 @@ def shared_flags(parser, models):
 def settings(args, state, preset):
     """Config from the flags given: over the preset, or over a resumed run's own, of which only FREE may change.
 
-    A rate or weight whose companion has a value of its own ("lr" and "lr_e") takes the companion along, in proportion.
+    A rate or weight whose companions have values of their own ("lr": "lr_e", "lr_d") takes them along, in proportion.
     Raises UserError for a flag that asks for another model than the checkpoint holds.
     """
     if state is None:
@@ -973,8 +973,9 @@ def settings(args, state, preset):
         if state is not None and value != before and name not in FREE:
             raise UserError(f"--resume: the run has {name} {before}, not {value}; leave --{name.replace('_', '-')} out")
         setattr(config, name, value)
-        if state is None and f"{name}_e" in vars(config) and before:
-            setattr(config, f"{name}_e", getattr(config, f"{name}_e") * value / before)
+        for other in (f"{name}_e", f"{name}_d") if state is None and before else ():
+            if other in vars(config):
+                setattr(config, other, getattr(config, other) * value / before)
     if "epochs" in given and "steps" not in given:
         config.steps = 0                                    # a length in epochs replaces a preset length in steps
     return config

@@ -1,9 +1,14 @@
-"""Intervention GAN (IVGAN) and its baselines, in one file.
+"""Intervention GAN (IVGAN) and the Intervention Adversarial Auto-Encoder (IVAAE), each with its baselines, in one file.
 
-    Jiadong Liang, Liangyu Zhang, Cheng Zhang, Zhihua Zhang.
-    "Intervention Generative Adversarial Networks." arXiv:2008.03712, 2020.  Sections, equations, tables: this version's.
+    Part I    Jiadong Liang, Liangyu Zhang, Cheng Zhang, Zhihua Zhang.
+              "Intervention Generative Adversarial Networks." arXiv:2008.03712, 2020.
+    Part II   "Intervention Adversarial Auto-Encoder." Anonymous authors, under double-blind review.
+              Sections, equations, tables and figures are these versions'.
 
-The idea. A GAN's Jensen-Shannon divergence is flat while real and generated images do not overlap, so its gradient says
+Both parts share the interventions, the multi-way Jensen-Shannon divergence that a classifier of interventions estimates, the
+verbs of a model, and everything from the plumbing down. Read "Shared by both parts", then the part whose paper you hold.
+
+PART I. The idea. A GAN's Jensen-Shannon divergence is flat while real and generated images do not overlap, so its gradient says
 little. IVGAN adds an encoder E and asks more of the pair (E, G). It encodes a real image, w = E(x), replaces one of k blocks
 of w by fresh Gaussian noise (an *intervention* O_i, which leaves N(0, I) as it is) and decodes G(O_i(w)). A classifier f
 must name the replaced block. If E(x) were N(0, I), no classifier could: so E and G are trained to fool f. That loss is a
@@ -26,7 +31,7 @@ Algorithm 1 (one call of `IVGAN.step`).
     G:     minimise  L_adv(G) + lam L_recon + mu L_IV,  L_IV = -V_class      lines 13-15
     E:     minimise         lam_e L_recon + mu_e L_IV                        lines 16-17
 
-Where this file departs from the paper, or had to choose (D1...):
+Where this file departs from the papers, or had to choose (D1... here, D14... for Part II):
   D1  f has k classes and i runs over 1..k; the paper prints "i = 1..d/k". One index is drawn per sample (Alg. 1); the
       authors' code draws one per batch.
   D2  Table 1 prints BN after D's first convolution: default (`--d-norm table1`). The authors' code and DCGAN have none there
@@ -48,11 +53,40 @@ Where this file departs from the paper, or had to choose (D1...):
   D13 `--mu` and `--lam` set G's and D's weights and keep E's in the paper's proportion to them (2 and 4), so that `--mu 0` is
       Table 4's "without the intervention loss".
 
+PART II. The idea. An adversarial auto-encoder matches its codes E(x) to N(0, I) by a GAN on codes, whose two distributions may
+overlap little. IVAAE puts bridges between them: T_k, k = 0..t, replaces ever more of the code by noise, from T_0, the code
+itself, to T_t, the prior. D must name k; E must keep it from doing so: a (t + 1)-way JS (Theorem 2), whose neighbours overlap.
+
+Notation.   paper           here          shape
+            z = E(x)        z             (B, d); in the paper z^
+            z_k = T_k(z)    chain         t + 1 batches (B, d): `prefix_substitute`, `radial_substitute` or `svgd_chain`
+            D(z_k)          judge(chain)  logits (t + 1, B, t + 1)
+            mu1, mu2        mu, mu_e      over t + 1: 4 / (t + 1) for D, 2 / (t + 1) for E; lambda = 1
+
+Algorithm 1 (one call of `IVAAE.step`).
+    z = E(x); x^ = G(z); z_k = T_k(z), k = 0..t                              lines 2-9
+    D:     minimise  mu1 L_IV                                                lines 10-11
+    G:     minimise  lam L_recon                                             lines 13-14
+    E:     minimise  lam L_recon - mu2 L_IV                                  lines 15-16: E goes up where D goes down
+
+  D14 L_recon's reduction is not printed: .05 times the squared error summed over an image, as in WAE, whose networks and
+      comparisons the paper takes over. Adam's betas and the initial weights are not printed either: (.5, .999), as in WAE,
+      and torch's.
+  D15 Algorithm 1 lets E maximise D's cross entropy, the form of a GAN whose gradient vanishes where D is sure. `--e-loss prior`
+      is the other one, of WAE-GAN's own paper and of Fig. 3: every z_k shall look like the prior's.
+  D16 "We obtain {z^l} for every two iterations": a bridge of the SVGD chain is two steps on from the one before. The bandwidth
+      is a constant to the gradient.
+  D17 Table 4's last row "DCONV(C1, K4, S0)" is a misprint: 8 -> 12 -> 16 -> 32 -> 64 by kernels 5, 5, 6, 4, strides 1, 1, 2, 2
+      and as many channels as the images have keeps every other printed stride. "FC(C1)" ends in the latent dimension.
+  D18 D's t + 1 outputs at t = 1 are AAE's one: their difference is its logit. So `aae` (WAE-GAN) is this class at t = 1.
+
 Run it.  python ivgen.py                                      IVLSGAN on drawn digits, offline, minutes on two cores
          python ivgen.py --dataset cifar10                    the paper's recipe: 64 x 64, 400 epochs
          python ivgen.py --dataset cifar10 --model wgan-gp    ... one of the seven systems of Table 2
          python ivgen.py --dataset cifar10 --k 10 --mu 1      ... a cell of Table 4
          python ivgen.py --dataset stacked-mnist              modes and KL of Table 3
+         python ivgen.py --dataset mnist --model ivaae-rad    Part II: also ivaae-bw, ivaae-svgd, aae, wae-mmd; 300 epochs
+         python ivgen.py --resume RUN --probe discriminator   its Figs. 2 and 3; `--probe classifier`: Fig. 5
 What to expect: README.md, with the command and the protocol of each number.
 """
 
@@ -89,7 +123,7 @@ FILE = "ivgen"
 
 @dataclasses.dataclass
 class Config:
-    """Every setting of a run. The values below are the paper's (Sec. 5), for IVLSGAN."""
+    """Every setting of a run. The values below are IVGAN's (its Sec. 5), for IVLSGAN; `IVAAE_PAPER` holds IVAAE's."""
 
     model: str = "ivlsgan"
     dataset: str = "digits"
@@ -119,6 +153,14 @@ class Config:
     noise: float = 1.0              # D7: scale of the schedule below
     noise_schedule: tuple = ()      # (fraction of training, standard deviation), ...
     ema: float = 0.0                # decay of an average of G's weights, 0 for none: the paper has none
+    bridge: str = ""                # IVAAE: bw, rad, svgd, or mmd for WAE-MMD; "" is Part I
+    t: int = 4                      # IVAAE, Sec. 4: bridge distributions
+    e_loss: str = "iv"              # IVAAE: what E descends (D15)
+    network: str = "conv"           # IVAAE: "fc" is Table 3, "conv" Table 4
+    lr_d: float = 5e-4              # IVAAE, Sec. 4: D's rate; `lr` is G's
+    decay: tuple = ()               # IVAAE: (epoch, factor of the rates), ...
+    lam_mmd: float = 10.0           # WAE-MMD's lambda; 100 for CelebA (its paper)
+    steps_per_epoch: int = 0        # set from the data
     seed: int = 0
     amp: str = "auto"
     compile: bool = False
@@ -128,11 +170,13 @@ class Config:
 
     def check(self):
         """Raises UserError, in one sentence, for settings that cannot work."""
-        if self.model not in MODELS:
-            raise UserError(f"--model {self.model} is not one of {', '.join(MODELS)}")
-        if self.size < 32 or self.size & (self.size - 1):
+        if self.model not in MODELS and self.model not in IVAAE_MODELS:
+            raise UserError(f"--model {self.model} is not one of {', '.join((*MODELS, *IVAAE_MODELS))}")
+        if self.bridge:
+            self.check_ivaae()
+        elif self.size < 32 or self.size & (self.size - 1):
             raise UserError(f"--size {self.size} is not a power of two from 32 up (the networks halve it down to 4)")
-        if self.k < 2 or self.latent % self.k:
+        elif self.k < 2 or self.latent % self.k:
             raise UserError(f"--k {self.k} does not divide the latent dimension {self.latent} into blocks (2 or more)")
         for name, least in (("batch", 2), ("width", 1), ("latent", 2), ("e_steps", 1), ("samples", 10), ("epochs", 1e-9)):
             if not getattr(self, name) >= least:
@@ -145,11 +189,24 @@ class Config:
         if self.compile and self.base == "wgan-gp":
             raise UserError("--compile cannot be used with wgan-gp: its penalty differentiates twice, torch.compile once")
 
+    def check_ivaae(self):
+        """`check` for Part II."""
+        if self.t < 1 or (self.bridge == "bw" and self.latent % self.t):
+            raise UserError(f"--t {self.t} does not divide the latent dimension {self.latent} into blocks")
+        if self.network == "conv" and self.size != 64:
+            raise UserError(f"--size {self.size}: Table 4's networks are for 64 pixels")
+        if self.size < 8:
+            raise UserError(f"--size {self.size} is too small")
+        if self.bridge == "svgd" and self.batch < 3:
+            raise UserError(f"--batch {self.batch}: the SVGD bridge needs a batch of 3 or more, whose distances have a median")
+        if self.e_loss not in ("iv", "prior"):
+            raise UserError(f"--e-loss {self.e_loss} is not one of iv, prior")
+
 
 LSGAN_NOISE = ((0, .05), (.125, .01), (.25, .001), (.5, 0.))       # author code: epochs 0, 50, 100, 200 of 400
 DCGAN_NOISE = ((0, .05), (.25, .01), (.5, .003), (.75, .001))      # author code: epochs 0, 100, 200, 300 of 400
 PLAIN = dict(mu=0., lam=0., mu_e=0., lam_e=0.)                     # no encoder, no classifier: what is left is the GAN
-MODELS = {  # Table 2, row by row: what each changes of Config
+MODELS = {  # IVGAN's Table 2, row by row: what each changes of Config
     "dcgan": dict(base="dcgan", **PLAIN),
     "lsgan": dict(base="lsgan", **PLAIN),
     "wgan": dict(base="wgan", critic_steps=5, lr=5e-5, **PLAIN),
@@ -158,7 +215,23 @@ MODELS = {  # Table 2, row by row: what each changes of Config
     "ivdcgan": dict(base="dcgan", noise_schedule=DCGAN_NOISE),
     "ivlsgan": dict(base="lsgan", noise_schedule=LSGAN_NOISE),
 }
-DATASETS = {  # what a data set changes of Config; the paper's settings are Config itself
+IVAAE_PAPER = dict(                                                 # IVAAE, Sec. 4: "for all datasets and models"
+    width=128, latent=64, batch=100, epochs=300, lr=1e-3, lr_e=1e-3, lr_d=5e-4, decay=((30, .5), (50, .1), (100, .01)),
+    lam=1., mu=4., mu_e=2.,                                         # mu1 = mu / (t + 1) for D, mu2 = mu_e / (t + 1) for E
+    lam_mmd=100., samples=20_000)
+IVAAE_TABLE3 = dict(                                                # IVAAE, Sec. 4, MNIST
+    network="fc", latent=16, batch=64, lr=1e-4, lr_e=5e-5, lr_d=1e-4, decay=((100, .5), (200, .25)), lam_mmd=10.)
+IVAAE_DATASETS = {
+    "mnist": IVAAE_TABLE3, "fashion-mnist": IVAAE_TABLE3,
+    "cifar10": dict(latent=128, batch=128),
+    "digits": IVAAE_TABLE3 | dict(size=32, width=32, steps=6000, eval_every=2000, lr=4e-4, lr_e=2e-4, lr_d=4e-4),      # ours
+}
+IVAAE_MODELS = {  # IVAAE's Tables 1 and 2, row by row
+    "wae-mmd": dict(bridge="mmd"),
+    "aae": dict(bridge="bw", t=1),                                  # WAE-GAN: z against the prior, two classes
+    "ivaae-bw": dict(bridge="bw"), "ivaae-rad": dict(bridge="rad"), "ivaae-svgd": dict(bridge="svgd"),
+}
+DATASETS = {  # what a data set changes of Config for IVGAN; the paper's settings are Config itself
     "digits": dict(size=32, width=32, latent=16, batch=32, steps=5400, eval_every=1800, lr=1e-3, beta2=.99,
                    noise_schedule=((0, .2),)),                      # ours: chosen to be quick on two cores
     "stacked-digits": dict(size=32, width=32, steps=20_000, samples=26_000),   # ours
@@ -174,15 +247,18 @@ GREY = ("digits", "mnist", "fashion-mnist")
 def preset(model=None, dataset=None):
     """Config for one model on one data set: the paper's values, then the data set's, then the model's."""
     model, dataset = model or Config.model, dataset or Config.dataset
+    if model in IVAAE_MODELS:
+        ours = IVAAE_DATASETS.get(dataset, {})
+        return Config(**{"model": model, "dataset": dataset} | IVAAE_PAPER | ours | IVAAE_MODELS[model])
     if model not in MODELS:
-        raise UserError(f"--model {model} is not one of {', '.join(MODELS)}")
+        raise UserError(f"--model {model} is not one of {', '.join((*MODELS, *IVAAE_MODELS))}")
     ours = DATASETS.get(dataset, {})
     noise = {"noise_schedule": ours["noise_schedule"]} if "noise_schedule" in ours else {}
     return Config(**{"model": model, "dataset": dataset} | ours | MODELS[model] | noise)
 
 
 # ======================================================================================================================
-# Interventions (Definitions 1 and 2)
+# Shared by both parts: the interventions, the distance they estimate, the verbs of a model, pictures
 # ======================================================================================================================
 
 
@@ -199,8 +275,147 @@ def block_substitute(z, index, k, noise):
     return torch.where(block == index[:, None], noise, z)
 
 
+def prefix_substitute(z, step, t, noise):
+    """T_k of IVAAE's "blockwise substitution" (Sec. 2), k = `step`: the first k of t equal blocks of z become noise's.
+
+    z, noise: (B, d). Returns (B, d), differentiable in z: z itself at step 0, `noise` at step t; N(0, I) in gives N(0, I)
+    out. Raises ValueError if t does not divide d or step is not in 0..t.
+    """
+    d = z.shape[1]
+    if t < 1 or d % t or not 0 <= step <= t:
+        raise ValueError(f"step {step} of {t} blocks: the blocks must divide a code of {d} dimensions, steps run from 0 to {t}")
+    n = step * (d // t)
+    return torch.cat([noise[:, :n], z[:, n:]], 1)
+
+
+def radial_substitute(z, step, t, noise):
+    """T_k of IVAAE's "radial substitution" (Sec. 2), k = `step`: z cos(k pi / 2t) + noise sin(k pi / 2t).
+
+    z, noise: (B, d). Returns (B, d), differentiable in z: z itself at step 0, `noise` at step t; N(0, I) in gives N(0, I)
+    out. Raises ValueError if step is not in 0..t.
+    """
+    if t < 1 or not 0 <= step <= t:
+        raise ValueError(f"step {step} is not in 0..{t}")
+    if step in (0, t):                                              # exactly: cos(pi / 2) is 6e-17 in floating point
+        return noise if step else z
+    angle = step * math.pi / (2 * t)
+    return z * math.cos(angle) + noise * math.sin(angle)
+
+
+def median_bandwidth(z, scale=100.):
+    """h = scale med^2 / log n, med the median distance between two of the n points z (n, d); IVAAE, Sec. 4. A number."""
+    with torch.no_grad():
+        return scale * F.pdist(z.float()).median().square() / math.log(len(z))
+
+
+def svgd_step(z, bandwidth, epsilon=1.):
+    """IVAAE's Eq. (2): one Stein variational gradient step of particles z (n, d) towards N(0, I). Returns (n, d).
+
+    z_i + epsilon / n sum_j [k(z_j, z_i) grad log p(z_j) + grad_{z_j} k(z_j, z_i)],  k(a, b) = exp(-||a - b||^2 / h).
+    log p has gradient -z_j, and the kernel 2 / h (z_i - z_j) k: so both sums are matrix products with K, and nothing of
+    size n x n x d is formed. Differentiable in z; the bandwidth h is taken as a constant.
+    """
+    norms = z.square().sum(1)
+    kernel = torch.exp(-(norms[:, None] + norms - 2 * z @ z.T).clamp_min(0) / bandwidth)            # (n, n), symmetric
+    pull = kernel @ z
+    return z + epsilon / len(z) * (2 / bandwidth * (kernel.sum(1, keepdim=True) * z - pull) - pull)
+
+
+def svgd_chain(z, t, every=2, noise=.1):
+    """IVAAE's third bridge (Sec. 4): [z^0 = z, z^1, .., z^(t-1)] by `every` SVGD steps each, and z^t from the prior.
+
+    z (n, d), n >= 2. Bandwidth `median_bandwidth` of the current particles; after each step Gaussian noise of standard
+    deviation `noise` ("we add 0.1 Gaussian noise on the particles after every iteration"). Gradients flow back to z.
+    """
+    chain = [z]
+    for _ in range(t - 1):
+        for _ in range(every):
+            z = svgd_step(z, median_bandwidth(z))
+            z = z + noise * torch.randn_like(z)
+        chain.append(z)
+    return [*chain, torch.randn_like(z)]
+
+
+def multi_js(densities, weights=None):
+    """Eq. (2): JS_pi(p_1..p_n) = H(sum pi_i p_i) - sum pi_i H(p_i), in nats, of n discrete distributions (n, m).
+
+    Not used in training, where f estimates it (Theorem 3): here for the tests and for the reader.
+    """
+    n = len(densities)
+    weights = torch.full((n,), 1 / n, dtype=densities.dtype) if weights is None else weights
+    entropy = lambda p: -torch.special.xlogy(p, p).sum(-1)
+    return entropy(weights @ densities) - (weights * entropy(densities)).sum()
+
+
+class Coder(nn.Module):
+    """What the models of both papers answer to: `sample(n)`, `encode(x)`, `decode(z)` over an encoder E and a generator G.
+
+    The fourth verb, `step(x)`, is each model's own. Sets `config`, `machine` and `iteration`, which checkpoints keep.
+    """
+
+    def __init__(self, config, machine=None):
+        super().__init__()
+        self.config, self.machine, self.iteration, self.average = config, machine or Machine(), 0, None
+
+    def get_extra_state(self):
+        return self.iteration                                       # the clock of noise and rates is part of a checkpoint
+
+    def set_extra_state(self, iteration):
+        self.iteration = iteration
+
+    def infer(self, network, x):
+        """`network(x)` in evaluation mode, without a graph, in float32 out."""
+        training, _ = network.training, network.eval()
+        with torch.no_grad(), self.machine.autocast():
+            y = network(x)
+        network.train(training)
+        return y.float()
+
+    def decode(self, z):
+        """Codes (n, d) -> images (n, C, S, S) in [-1, 1]."""
+        return self.infer(self.G if self.average is None else self.average, z.to(self.machine.device))
+
+    def sample(self, n):
+        """n images (n, C, S, S) in [-1, 1] from the prior."""
+        return self.decode(torch.randn(n, self.config.latent, device=self.machine.device))
+
+    def encode(self, x):
+        """Images (n, C, S, S) in [-1, 1] -> codes (n, d). Raises ValueError for a model without an encoder."""
+        if self.E is None:
+            raise ValueError(f"{self.config.model} has no encoder")
+        return self.infer(self.E, x.to(self.machine.device, memory_format=torch.channels_last))
+
+
+def save_grid(path, x, columns=10):
+    """Images (n, C, S, S) in [-1, 1] as one picture, row by row."""
+    torchvision.utils.save_image(x.float().cpu(), path, nrow=columns, normalize=True, value_range=(-1, 1), padding=1)
+
+
+def draw_curves(path, curves, title):
+    """Figs. 4 and 7: {name: [(x, y), ...]} as line plots over one pair of axes, y from 0; a PNG, drawn with pillow."""
+    from PIL import Image, ImageDraw
+
+    wide, high, left, base, top = 640, 400, 60, 370, 30
+    colours = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#7f7f7f"]
+    points = [p for curve in curves.values() for p in curve]
+    x_max, y_max = max(p[0] for p in points) or 1, max(p[1] for p in points) or 1
+    place = lambda p: (left + p[0] / x_max * (wide - left - 20), base - p[1] / y_max * (base - top))
+    picture = Image.new("RGB", (wide, high), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.text((left, 8), title, fill="black")
+    for part in (0, .25, .5, .75, 1):
+        (_, y), (x, _) = place((0, part * y_max)), place((part * x_max, 0))
+        draw.line((left, y, wide - 20, y), fill="#dddddd")
+        draw.text((6, y - 6), f"{part * y_max:.4g}", fill="black")
+        draw.text((x - 8, base + 8), f"{part * x_max:.4g}", fill="black")
+    for n, (name, curve) in enumerate(curves.items()):
+        draw.line([place(p) for p in curve], fill=colours[n % len(colours)], width=2)
+        draw.text((wide - 150, top + 14 * n), name, fill=colours[n % len(colours)])
+    picture.save(path)
+
+
 # ======================================================================================================================
-# Networks (Table 1, for 64 x 64 pixels; one stage fewer or more for 32, 128, ...)
+# Part I, Intervention GAN: networks (Table 1, for 64 x 64 pixels; one stage fewer or more for 32, 128, ...)
 # ======================================================================================================================
 
 
@@ -273,7 +488,7 @@ class Encoder(nn.Sequential):
 
 
 # ======================================================================================================================
-# Losses (one function per equation; all return a scalar to be minimised)
+# Part I, Intervention GAN: losses (one function per equation; all return a scalar to be minimised)
 # ======================================================================================================================
 
 
@@ -317,31 +532,19 @@ def gradient_penalty(critic, real, fake):
     return (gradient.flatten(1).norm(dim=1) - 1).square().mean()
 
 
-def multi_js(densities, weights=None):
-    """Eq. (2): JS_pi(p_1..p_n) = H(sum pi_i p_i) - sum pi_i H(p_i), in nats, of n discrete distributions (n, m).
-
-    Not used in training, where f estimates it (Theorem 3): here for the tests and for the reader.
-    """
-    n = len(densities)
-    weights = torch.full((n,), 1 / n, dtype=densities.dtype) if weights is None else weights
-    entropy = lambda p: -torch.special.xlogy(p, p).sum(-1)
-    return entropy(weights @ densities) - (weights * entropy(densities)).sum()
-
-
 # ======================================================================================================================
-# The model
+# Part I, Intervention GAN: the model
 # ======================================================================================================================
 
 
-class IVGAN(nn.Module):
+class IVGAN(Coder):
     """IVLSGAN, IVDCGAN and Table 2's baselines: the same class, with terms switched off by `config`.
 
     Four verbs: `step(x)`, one iteration of Algorithm 1; `sample(n)`; `encode(x)`; `decode(z)`.
     """
 
     def __init__(self, config, machine=None):
-        super().__init__()
-        self.config, self.machine, self.iteration = config, machine or Machine(), 0
+        super().__init__(config, machine)
         c, m = config, self.machine
         self.G = Generator(c.latent, c.channels, c.size, c.width)
         self.D = Discriminator(c.channels, c.size, c.width, c.k, c.d_norm)
@@ -356,12 +559,6 @@ class IVGAN(nn.Module):
         self.optimisers = {"D": make(self.D), "G": make(self.G)}
         if self.E is not None:
             self.optimisers["E"] = torch.optim.Adam(self.E.parameters(), c.lr_e, **adam)
-
-    def get_extra_state(self):
-        return self.iteration                                       # the noise schedule's clock is part of a checkpoint
-
-    def set_extra_state(self, iteration):
-        self.iteration = iteration
 
     def noisy(self, x):
         """Instance noise on what D sees (Sec. 5; D7)."""
@@ -484,60 +681,10 @@ class IVGAN(nn.Module):
             for mean, now in zip(self.average.buffers(), self.G.buffers()):
                 mean.copy_(now)
 
-    def infer(self, network, x):
-        """`network(x)` in evaluation mode, without a graph, in float32 out."""
-        training, _ = network.training, network.eval()
-        with torch.no_grad(), self.machine.autocast():
-            y = network(x)
-        network.train(training)
-        return y.float()
-
-    def decode(self, z):
-        """Codes (n, d) -> images (n, C, S, S) in [-1, 1]."""
-        return self.infer(self.G if self.average is None else self.average, z.to(self.machine.device))
-
-    def sample(self, n):
-        """n images (n, C, S, S) in [-1, 1] from the prior."""
-        return self.decode(torch.randn(n, self.config.latent, device=self.machine.device))
-
-    def encode(self, x):
-        """Images (n, C, S, S) in [-1, 1] -> codes (n, d). Raises ValueError for a model without an encoder."""
-        if self.E is None:
-            raise ValueError(f"{self.config.model} has no encoder")
-        return self.infer(self.E, x.to(self.machine.device, memory_format=torch.channels_last))
-
 
 # ======================================================================================================================
-# Figures
+# Part I, Intervention GAN: figures
 # ======================================================================================================================
-
-
-def save_grid(path, x, columns=10):
-    """Images (n, C, S, S) in [-1, 1] as one picture, row by row."""
-    torchvision.utils.save_image(x.float().cpu(), path, nrow=columns, normalize=True, value_range=(-1, 1), padding=1)
-
-
-def draw_curves(path, curves, title):
-    """Figs. 4 and 7: {name: [(x, y), ...]} as line plots over one pair of axes, y from 0; a PNG, drawn with pillow."""
-    from PIL import Image, ImageDraw
-
-    wide, high, left, base, top = 640, 400, 60, 370, 30
-    colours = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#7f7f7f"]
-    points = [p for curve in curves.values() for p in curve]
-    x_max, y_max = max(p[0] for p in points) or 1, max(p[1] for p in points) or 1
-    place = lambda p: (left + p[0] / x_max * (wide - left - 20), base - p[1] / y_max * (base - top))
-    picture = Image.new("RGB", (wide, high), "white")
-    draw = ImageDraw.Draw(picture)
-    draw.text((left, 8), title, fill="black")
-    for part in (0, .25, .5, .75, 1):
-        (_, y), (x, _) = place((0, part * y_max)), place((part * x_max, 0))
-        draw.line((left, y, wide - 20, y), fill="#dddddd")
-        draw.text((6, y - 6), f"{part * y_max:.4g}", fill="black")
-        draw.text((x - 8, base + 8), f"{part * x_max:.4g}", fill="black")
-    for n, (name, curve) in enumerate(curves.items()):
-        draw.line([place(p) for p in curve], fill=colours[n % len(colours)], width=2)
-        draw.text((wide - 150, top + 14 * n), name, fill=colours[n % len(colours)])
-    picture.save(path)
 
 
 def figures(model, run, step, x):
@@ -556,6 +703,277 @@ def figures(model, run, step, x):
     for i in range(k):                                                                      # Fig. 1: G(O_1(w)) .. G(O_k(w))
         rows.append(model.decode(block_substitute(w, torch.full((10,), i), k, noise[:10])).cpu())
     save_grid(run.folder / f"figures/interventions-{step:06d}.png", torch.stack(rows, dim=1).flatten(0, 1), columns=k + 2)
+
+
+# ======================================================================================================================
+# Part II, Intervention Adversarial Auto-Encoder: networks (Tables 3 and 4), losses
+# ======================================================================================================================
+
+
+class CodeEncoder(nn.Sequential):
+    """E of Tables 3 ("fc") and 4 ("conv"): images (B, C, S, S) -> codes (B, d)."""
+
+    def __init__(self, network, latent, channels, size, width):
+        if network == "fc":                                         # Table 3
+            layers, n = [nn.Flatten()], channels * size * size
+            for _ in range(2):
+                layers += [nn.Linear(n, 8 * width), nn.ReLU()]
+                n = 8 * width
+        else:                                                       # Table 4
+            layers, c = [], channels
+            for n in range(4):                                      # size -> size / 16
+                layers += [nn.Conv2d(c, width << n, 5, 2, 2, bias=False), nn.BatchNorm2d(width << n), nn.ReLU()]
+                c = width << n
+            layers, n = [*layers, nn.Flatten()], c * (size // 16) ** 2
+        super().__init__(*layers, nn.Linear(n, latent))
+
+
+class CodeGenerator(nn.Sequential):
+    """G of Tables 3 and 4: codes (B, d) -> images (B, C, S, S) in [-1, 1]. "conv" makes 64 x 64 pixels only (D17)."""
+
+    def __init__(self, network, latent, channels, size, width):
+        w = 8 * width                                               # 1024
+        if network == "fc":
+            layers = [nn.Linear(latent, w), nn.ReLU(), nn.Linear(w, w), nn.ReLU(),
+                      nn.Linear(w, channels * size * size), nn.Tanh(), nn.Unflatten(1, (channels, size, size))]
+        else:
+            layers = [nn.Linear(latent, w * 64), nn.Unflatten(1, (w, 8, 8))]
+            for n, place in enumerate(((5, 1, 0), (5, 1, 0), (6, 2, 2))):       # 8 -> 12 -> 16 -> 32
+                c = w >> n
+                layers += [nn.ConvTranspose2d(c, c // 2, *place, bias=False), nn.BatchNorm2d(c // 2), nn.ReLU()]
+            layers += [nn.ConvTranspose2d(width, channels, 4, 2, 1), nn.Tanh()]  # 32 -> 64
+        super().__init__(*layers)
+
+
+class CodeDiscriminator(nn.Sequential):
+    """D of Tables 3 and 4: codes (B, d) -> logits (B, t + 1), class k for z_k = T_k(E(x))."""
+
+    def __init__(self, network, latent, width, t):
+        hidden, depth = (8 * width, 2) if network == "fc" else (4 * width, 4)
+        layers, n = [], latent
+        for _ in range(depth):
+            layers += [nn.Linear(n, hidden), nn.ReLU()]
+            n = hidden
+        super().__init__(*layers, nn.Linear(n, t + 1))
+
+
+def bridge_loss(logits):
+    """L_IV of Eq. (1): the mean over k and batch of -log D_k(z_k). logits (t + 1, B, t + 1), first index k. A scalar.
+
+    Under the best D it is log(t + 1) - JS(p_0, .., p_t) (Theorem 2). D descends it, E ascends it.
+    """
+    k = torch.arange(len(logits), device=logits.device).repeat_interleave(logits.shape[1])
+    return F.cross_entropy(logits.flatten(0, 1), k)
+
+
+def prior_loss(logits):
+    """WAE-GAN's form of E's loss (D15): the mean over k < t and batch of -log D_t(z_k), "each z_k came from the prior"."""
+    return -logits[:-1].log_softmax(2)[..., -1].mean()
+
+
+def squared_error(x_hat, x):
+    """WAE's cost: .05 times the squared error, summed over an image, mean over the batch (D14). (B, C, S, S) each."""
+    return .05 * (x_hat.float() - x.float()).square().flatten(1).sum(1).mean()
+
+
+def mmd_imq(a, b, variance=1.):
+    """WAE-MMD's penalty: the unbiased estimate of MMD^2 between samples a (n, d) and b (m, d); n, m >= 2. A scalar.
+
+    Kernels C / (C + ||a - b||^2), C = 2 d variance {.1, .2, .5, 1, 2, 5, 10}, summed. Pairs within a set leave each point's
+    pair with itself out; so the estimate may be negative, and is 0 in the mean where both sets have one distribution.
+    """
+    d2 = lambda p, q: (p.square().sum(1)[:, None] + q.square().sum(1) - 2 * p @ q.T).clamp_min(0)
+    aa, bb, ab, total = d2(a, a), d2(b, b), d2(a, b), 0.
+    for scale in (.1, .2, .5, 1., 2., 5., 10.):
+        c = 2 * a.shape[1] * variance * scale
+        within = [((c / (c + d)).sum() - (c / (c + d.diagonal())).sum()) / (len(d) * (len(d) - 1)) for d in (aa, bb)]
+        total = total + within[0] + within[1] - 2 * (c / (c + ab)).mean()
+    return total
+
+
+# ======================================================================================================================
+# Part II, Intervention Adversarial Auto-Encoder: the model
+# ======================================================================================================================
+
+
+class IVAAE(Coder):
+    """IVAAE with any bridge; AAE (WAE-GAN) as its t = 1; WAE-MMD with `mmd_imq` in the discriminator's place."""
+
+    def __init__(self, config, machine=None):
+        super().__init__(config, machine)
+        c, m = config, self.machine
+        self.E = CodeEncoder(c.network, c.latent, c.channels, c.size, c.width)
+        self.G = CodeGenerator(c.network, c.latent, c.channels, c.size, c.width)
+        self.D = CodeDiscriminator(c.network, c.latent, c.width, c.t) if c.bridge != "mmd" else None
+        self.to(m.device, memory_format=torch.channels_last)
+        rates = {"E": c.lr_e, "G": c.lr} | ({"D": c.lr_d} if self.D is not None else {})
+        self.optimisers = {name: torch.optim.Adam(getattr(self, name).parameters(), rate, (c.beta1, c.beta2),
+                                                  fused=m.device.type in ("cpu", "cuda")) for name, rate in rates.items()}
+
+    def bridges(self, z):
+        """Alg. 1, lines 6-9: [z_0 = z, .., z_t from the prior], t + 1 batches (B, d), each with noise of its own."""
+        c = self.config
+        if c.bridge == "svgd":
+            return svgd_chain(z, c.t)
+        substitute = {"bw": prefix_substitute, "rad": radial_substitute}[c.bridge]
+        return [z, *(substitute(z, k, c.t, torch.randn_like(z)) for k in range(1, c.t + 1))]
+
+    def judge(self, chain):
+        """D's logits (t + 1, B, t + 1) of the t + 1 batches, in one pass."""
+        return self.D(torch.cat(list(chain))).float().unflatten(0, (len(chain), -1))
+
+    def encoder_loss(self, logits):
+        """What E descends besides the reconstruction: -mu2 L_IV (Alg. 1, line 16: E fools D), or D15's."""
+        mu2 = self.config.mu_e / (self.config.t + 1)
+        return mu2 * (prior_loss(logits) if self.config.e_loss == "prior" else -bridge_loss(logits))
+
+    def set_rates(self):
+        """The learning rates' decay by epoch (Sec. 4), the same factor for all networks."""
+        c = self.config
+        epoch = self.iteration / max(c.steps_per_epoch, 1)
+        factor = next((f for at, f in reversed(c.decay) if epoch >= at), 1.)
+        for name, optimiser in self.optimisers.items():
+            for group in optimiser.param_groups:
+                group["lr"] = factor * {"E": c.lr_e, "G": c.lr, "D": c.lr_d}[name]
+
+    def step(self, x):
+        """One iteration of Algorithm 1 on images x (B, C, S, S) in [-1, 1]. Returns its losses as scalars."""
+        c, m, x = self.config, self.machine, x.to(memory_format=torch.channels_last)
+        self.set_rates()
+        with m.autocast():
+            z = self.E(x).float()                                                           # line 4
+            losses = {"rec": squared_error(self.G(z), x)}                                   # line 5
+        if self.D is None:
+            losses["mmd"] = mmd_imq(z, torch.randn_like(z))
+            total = c.lam * losses["rec"] + c.lam_mmd * losses["mmd"]
+        else:
+            chain = self.bridges(z)
+            losses |= self.step_d([part.detach() for part in chain])                        # lines 10-11
+            with m.autocast():
+                losses["e_adv"] = self.encoder_loss(self.judge(chain))                      # line 12, by the D just moved
+            total = c.lam * losses["rec"] + losses["e_adv"]
+        # lines 13-16 at once: the adversarial term does not contain G, so G's part of this gradient is lam L_recon's alone
+        g, e = list(self.G.parameters()), list(self.E.parameters())
+        grads = m.gradients(total, g + e)
+        m.apply(self.optimisers["G"], g, grads[:len(g)])
+        m.apply(self.optimisers["E"], e, grads[len(g):])
+        m.end_step()
+        self.iteration += 1
+        return losses
+
+    def step_d(self, chain):
+        """Alg. 1, lines 10-11: D down mu1 L_IV on t + 1 batches of codes (B, d), without a graph to E."""
+        m, params = self.machine, list(self.D.parameters())
+        with m.autocast():
+            loss = bridge_loss(self.judge(chain))
+        m.apply(self.optimisers["D"], params, m.gradients(self.config.mu / (self.config.t + 1) * loss, params))
+        return {"d_iv": loss}
+
+
+# ======================================================================================================================
+# Part II, Intervention Adversarial Auto-Encoder: figures, and the experiments of Figures 2, 3 and 5
+# ======================================================================================================================
+
+
+def figures_ivaae(model, run, step, x, codes):
+    """The pictures of one evaluation: x (n, C, S, S), fixed test images; codes (N, d) of training images."""
+    noise = torch.randn(100, model.config.latent, generator=torch.Generator().manual_seed(0))
+    save_grid(run.folder / f"samples/{step:06d}.png", model.decode(noise))                  # Fig. 7
+    z = model.encode(x).cpu()
+    pairs = torch.stack([x.cpu(), model.decode(z).cpu()], dim=1).flatten(0, 1)
+    save_grid(run.folder / f"recon/{step:06d}.png", pairs[:100])                            # original, reconstruction, ...
+    weights = torch.linspace(0, 1, 10)[:, None]
+    lines = torch.cat([torch.lerp(a, b, weights) for a, b in zip(z[:10], z[10:20])])        # a row from one image to another
+    save_grid(run.folder / f"figures/interpolations-{step:06d}.png", model.decode(lines))
+    heat = torch.cov(codes.T).abs().clamp(max=1)[None, None]                                # Fig. 6: brighter, closer to 1
+    torchvision.utils.save_image(F.interpolate(heat, scale_factor=max(1, 512 // heat.shape[-1])),
+                                 run.folder / f"figures/covariance-{step:06d}.png")
+
+
+def codes_of(model, dataset, n=60_000):
+    """Codes (n, d), on the CPU, of the first n images of a set in a fixed random order ("we randomly choose 60k images")."""
+    from data import ordered
+    return torch.cat([model.encode(x).cpu() for x, _ in ordered(dataset, n, 250, model.machine.device, model.config.size)])
+
+
+def probe_discriminator(model, batches, steps):
+    """Figs. 2 and 3: D alone goes on training while E and G stand still. One dict per iteration: `loss` (L_IV of D), the
+    norm of E's gradient of -log D_t(E(x)) (`gradient`, Fig. 3's own) and of the loss E trains on (`gradient_iv`)."""
+    m, params, lines = model.machine, list(model.E.parameters()), []
+    model.E.eval()
+    for n in range(1, steps + 1):
+        x = next(batches)[0]
+        with m.autocast():
+            z = model.E(x).float()
+            chain = model.bridges(z)
+            logits = model.judge(chain)
+            objectives = {"gradient": -logits[0].log_softmax(1)[:, -1].mean(), "gradient_iv": model.encoder_loss(logits)}
+        norms = {name: sum(g.float().square().sum() for g in torch.autograd.grad(loss, params, retain_graph=True)).sqrt().item()
+                 for name, loss in objectives.items()}
+        loss = model.step_d([part.detach() for part in chain])["d_iv"].item()
+        m.end_step()
+        lines.append({"iteration": n, "loss": loss} | norms)
+    model.E.train()
+    return lines
+
+
+def probe_classifier(model, batches, test_set, steps, every=100):
+    """Fig. 5: an MLP of two layers of 1000 nodes on the encoder's last hidden layer, E frozen; batch 60, Adam 1e-4 (Sec. 4).
+
+    One dict per `every` iterations: `error`, the share of test images it gets wrong.
+    """
+    from data import ordered
+
+    hidden, device = nn.Sequential(*list(model.E)[:-1]), model.machine.device
+    features = lambda x: model.infer(hidden, x.to(memory_format=torch.channels_last))
+    n = features(next(batches)[0]).shape[1]
+    mlp = nn.Sequential(nn.Linear(n, 1000), nn.ReLU(), nn.Linear(1000, 1000), nn.ReLU(),
+                        nn.Linear(1000, test_set.classes)).to(device)
+    optimiser = torch.optim.Adam(mlp.parameters(), 1e-4)
+    test = [(features(x), y.to(device)) for x, y in ordered(test_set, 10_000, 250, device, model.config.size)]
+    lines = []
+    for step in range(1, steps + 1):
+        x, y = next(batches)
+        loss = F.cross_entropy(mlp(features(x)), y)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        if step % every == 0 or step == steps:
+            with torch.no_grad():
+                wrong = sum((mlp(h).argmax(1) != y).sum().item() for h, y in test)
+            lines.append({"iteration": step, "loss": loss.item(), "error": wrong / sum(len(y) for _, y in test)})
+    return lines
+
+
+def probe(config, machine, state, folder, which, steps=None):
+    """`--probe`: one of the paper's two experiments on the finished run in `folder`; writes probe-NAME.jsonl and its figure.
+
+    `steps` iterations, else 1,000 (Figs. 2 and 3) or 3,000 (Fig. 5). Raises UserError where the model has no discriminator,
+    the data no labels.
+    """
+    from data import Batches, load
+
+    train_set, test_set = (load(config.dataset, config.root, config.size, split) for split in ("train", "test"))
+    if config.bridge == "":
+        raise UserError(f"--probe: {config.model} is not one of IVAAE's systems")
+    if which == "discriminator" and config.bridge == "mmd":
+        raise UserError("--probe discriminator: wae-mmd has no discriminator")
+    if which == "classifier" and train_set.y is None:
+        raise UserError(f"--probe classifier: {config.dataset} has no labels")
+    model = build(config, machine)
+    restore(state, model, None, machine)
+    batches = Batches(train_set, config.batch if which == "discriminator" else 60, machine.device, config.size, config.seed)
+    if which == "discriminator":
+        lines = probe_discriminator(model, batches, steps or 1000)
+    else:
+        lines = probe_classifier(model, batches, test_set, steps or 3000)
+    folder = pathlib.Path(folder)
+    (folder / f"probe-{which}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name in [name for name in lines[0] if name != "iteration"]:
+        curve = [(line["iteration"], line[name]) for line in lines]
+        draw_curves(folder / f"figures/probe-{which}-{name}.png", {config.model: curve},
+                    f"{name} by iteration, {config.dataset}, d = {config.latent}, after step {state['step']}")
+    print(json.dumps({"model": config.model, "probe": which, "after_step": state["step"]} | lines[-1]))
 
 
 # ======================================================================================================================
@@ -864,7 +1282,7 @@ def shared_flags(parser, models):
 def settings(args, state, preset):
     """Config from the flags given: over the preset, or over a resumed run's own, of which only FREE may change.
 
-    A rate or weight whose companion has a value of its own ("lr" and "lr_e") takes the companion along, in proportion.
+    A rate or weight whose companions have values of their own ("lr": "lr_e", "lr_d") takes them along, in proportion.
     Raises UserError for a flag that asks for another model than the checkpoint holds.
     """
     if state is None:
@@ -880,8 +1298,9 @@ def settings(args, state, preset):
         if state is not None and value != before and name not in FREE:
             raise UserError(f"--resume: the run has {name} {before}, not {value}; leave --{name.replace('_', '-')} out")
         setattr(config, name, value)
-        if state is None and f"{name}_e" in vars(config) and before:
-            setattr(config, f"{name}_e", getattr(config, f"{name}_e") * value / before)
+        for other in (f"{name}_e", f"{name}_d") if state is None and before else ():
+            if other in vars(config):
+                setattr(config, other, getattr(config, other) * value / before)
     if "epochs" in given and "steps" not in given:
         config.steps = 0                                    # a length in epochs replaces a preset length in steps
     return config
@@ -1011,15 +1430,22 @@ def run_cli(main):
 # ======================================================================================================================
 
 
-def evaluate(model, evaluator, run, step, epoch, x, config):
+def evaluate(model, evaluator, run, step, epoch, x, config, train_set):
     """Pictures and metrics of one moment; on rank 0, and without disturbing the training's random numbers."""
-    began = time.time()
-    figures(model, run, step, x)
-    metrics = evaluator(model.sample, (lambda x: model.decode(model.encode(x))) if model.E is not None else None)
+    from metrics import frechet_latent_distance
+
+    began, latent = time.time(), {}
+    if config.bridge:
+        codes = codes_of(model, train_set)
+        figures_ivaae(model, run, step, x, codes)
+        latent = {"fld": frechet_latent_distance(codes), "fld_n": len(codes)}               # IVAAE's Table 2
+    else:
+        figures(model, run, step, x)
+    metrics = latent | evaluator(model.sample, (lambda x: model.decode(model.encode(x))) if model.E is not None else None)
     metrics["eval_s"] = round(time.time() - began, 1)
     run.log(step, epoch=round(epoch, 3), **metrics)
     lines = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
-    for name in ("fid", "fcd", "kl"):                               # Figs. 4 and 7, in whichever distance there is
+    for name in ("fid", "fcd", "kl", "fld"):                        # Figs. 4 and 7, in whichever distance there is
         curve = [(line["epoch"], line[name]) for line in lines if name in line]
         if len(curve) > 1:
             draw_curves(run.folder / f"figures/{name}.png", {config.model: curve}, f"{name} by epoch, {config.dataset}")
@@ -1040,10 +1466,10 @@ def train(config, machine, folder, state=None):
     if train_set.kind != "images":
         raise UserError(f"--dataset {config.dataset} holds points; ivgen.py needs images")
     batches = Batches(train_set, config.batch, machine.device, config.size, config.seed, machine.rank, machine.world)
-    config.channels = train_set.channels
+    config.channels, config.steps_per_epoch = train_set.channels, batches.steps_per_epoch
     config.steps = config.steps or math.ceil(config.epochs * batches.steps_per_epoch)
     config.eval_every = config.eval_every or max(1, min(10 * batches.steps_per_epoch, config.steps // 12))
-    if config.inception and config.samples == Config.samples:       # fid by Table 2's protocol, unless --samples is given
+    if config.inception and config.samples == Config.samples and not config.bridge:        # Table 2's, unless --samples
         config.samples = FID_SAMPLES.get(config.dataset, 50_000)
     config.check()
     model, start, best = build(config, machine), 0, None
@@ -1060,12 +1486,12 @@ def train(config, machine, folder, state=None):
         compile_networks(model)
     with run:
         return loop(config, machine, model, batches, run, start, best,
-                    lambda step, epoch: evaluate(model, evaluator, run, step, epoch, x_test, config))
+                    lambda step, epoch: evaluate(model, evaluator, run, step, epoch, x_test, config, train_set))
 
 
 def build(config, machine):
     """The model that `config.model` names."""
-    return IVGAN(config, machine)
+    return (IVAAE if config.bridge else IVGAN)(config, machine)
 
 
 def draw(config, machine, state, folder, n):
@@ -1087,17 +1513,22 @@ def draw(config, machine, state, folder, n):
 def main(argv=None):
     """The command line; returns the exit code."""
     parser = Parser(prog=f"{FILE}.py", description=__doc__.splitlines()[0])
-    shared_flags(parser, MODELS)
+    shared_flags(parser, (*MODELS, *IVAAE_MODELS))
     parser.add_argument("--k", type=int, metavar="X", help="blocks, so interventions (Table 4)")
     parser.add_argument("--mu", type=float, metavar="X", help="weight of the intervention loss (Table 4)")
     parser.add_argument("--lam", type=float, metavar="X", help="weight of the reconstruction loss")
     parser.add_argument("--e-steps", type=int, metavar="X", help="updates of E per iteration (D4)")
     parser.add_argument("--e-sign", choices=("paper", "code"), help="E's objective (D3)")
     parser.add_argument("--d-norm", choices=("table1", "dcgan", "none"), help="batch normalisation in D (D2)")
+    parser.add_argument("--t", type=int, metavar="X", help="IVAAE: bridge distributions")
+    parser.add_argument("--e-loss", choices=("iv", "prior"), help="IVAAE: E's objective (D15)")
+    parser.add_argument("--probe", choices=("discriminator", "classifier"), help="with --resume: IVAAE's Figs. 2, 3; Fig. 5")
+    parser.add_argument("--probe-steps", type=int, metavar="X", help="iterations of a probe (1000; 3000)")
     parser.add_argument("--ema", type=float, metavar="X", help="decay of an average of G's weights")
     args = vars(parser.parse_args(argv))
-    if args["sample"] and not args["resume"]:
-        raise UserError("--sample needs --resume RUN, the run to draw from")
+    for name in ("sample", "probe"):
+        if args[name] and not args["resume"]:
+            raise UserError(f"--{name} needs --resume RUN, a finished run")
     state = load_checkpoint(args["resume"], FILE) if args["resume"] else None
     config = settings(args, state, preset)
     config.check()
@@ -1112,7 +1543,9 @@ def main(argv=None):
         return 0
     name = pathlib.Path(config.dataset).name
     folder = args["out"] or args["resume"] or f"runs/{FILE}-{config.model}-{name}-s{config.seed}"
-    if args["sample"]:
+    if args["probe"]:
+        probe(config, machine, state, folder, args["probe"], args["probe_steps"])
+    elif args["sample"]:
         draw(config, machine, state, folder, args["sample"])
     else:
         train(config, machine, folder, state)

@@ -1932,6 +1932,336 @@ def test_bad_folders_and_checkpoints_end_in_one_sentence(pictures, tmp_path, cap
 
 
 # ======================================================================================================================
+# ivgen.py: Intervention Adversarial Auto-Encoder (uses cli, weights and moved of the parts above)
+# ======================================================================================================================
+
+
+def small_ivaae(model="ivaae-bw", **changes):
+    """A small IVAAE in float32 on the CPU, and a batch for it."""
+    config = dataclasses.replace(ivgen.preset(model, "digits"), size=16, width=4, latent=8, channels=1, batch=16, steps=10)
+    torch.manual_seed(0)
+    model = ivgen.IVAAE(dataclasses.replace(config, **changes))
+    return model, torch.rand(16, 1, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def substitutions():
+    return [ivgen.prefix_substitute, ivgen.radial_substitute]
+
+
+@pytest.mark.parametrize("substitute", substitutions())
+def test_bridges_run_from_the_code_to_the_prior_and_keep_the_prior(substitute):
+    """T_0 is the identity, T_t pure noise, and N(0, I) stays N(0, I) under every T_k (IVAAE, Definition 1)."""
+    z, noise = torch.randn(40_000, 12), torch.randn(40_000, 12)
+    assert torch.equal(substitute(z, 0, 4, noise), z) and torch.equal(substitute(z, 4, 4, noise), noise)
+    for k in range(5):
+        out = substitute(z, k, 4, noise)
+        assert out.mean(0).abs().max() < .03 and (torch.cov(out.T) - torch.eye(12)).abs().max() < .04
+    for k in (-1, 5):
+        with pytest.raises(ValueError, match=r"0 .*4|0\.\.4"):
+            substitute(z, k, 4, noise)
+
+
+def test_bridges_approach_the_prior_step_by_step():
+    """From a code at 3 with no spread: blocks are replaced from the first on; the radial mean falls as a cosine."""
+    z, noise = torch.full((20_000, 8), 3.), torch.randn(20_000, 8)
+    for k in range(5):
+        blocks = ivgen.prefix_substitute(z, k, 4, noise)
+        assert torch.equal(blocks[:, :2 * k], noise[:, :2 * k]) and torch.equal(blocks[:, 2 * k:], z[:, 2 * k:])
+        angle = k * math.pi / 8
+        radial = ivgen.radial_substitute(z, k, 4, noise)
+        assert abs(radial.mean() - 3 * math.cos(angle)) < .02 and abs(radial.std() - math.sin(angle)) < .02
+    with pytest.raises(ValueError, match="divide a code of 8"):
+        ivgen.prefix_substitute(z, 1, 3, noise)
+
+
+def test_svgd_step_is_eq_2():
+    """Against the double loop, with the kernel's gradient taken by autograd."""
+    torch.manual_seed(0)
+    z, h, epsilon = torch.randn(7, 3, dtype=torch.double), 1.7, .6
+    moved_to = torch.zeros_like(z)
+    for i in range(7):
+        direction = torch.zeros(3, dtype=torch.double)
+        for j in range(7):
+            z_j = z[j].clone().requires_grad_()
+            k = torch.exp(-(z_j - z[i]).square().sum() / h)
+            direction += k.detach() * -z[j] + torch.autograd.grad(k, z_j)[0]        # grad log N(z_j; 0, I) = -z_j
+        moved_to[i] = z[i] + epsilon / 7 * direction
+    assert torch.allclose(ivgen.svgd_step(z, h, epsilon), moved_to, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda z: ivgen.svgd_step(z, h, epsilon), z.requires_grad_())
+
+
+def test_svgd_keeps_the_prior_and_pulls_what_is_off_it():
+    torch.manual_seed(0)
+    z = torch.randn(2000, 2)
+    h = ivgen.median_bandwidth(z, 1.)
+    assert (ivgen.svgd_step(z, h) - z).norm(dim=1).mean() < .05
+    shifted, means = z + 2, []
+    for _ in range(20):
+        shifted = ivgen.svgd_step(shifted, h)
+        means.append(shifted.mean().item())
+    assert means == sorted(means, reverse=True) and -.1 < means[-1] < 1.2   # from 2 towards 0
+    narrow = z * .2
+    assert ivgen.svgd_step(narrow, ivgen.median_bandwidth(narrow, 1.)).std() > narrow.std()        # repulsion
+
+
+def test_median_bandwidth():
+    z = torch.tensor([[0.], [1.], [5.]])                                    # distances 1, 4, 5
+    assert ivgen.median_bandwidth(z) == pytest.approx(100 * 16 / math.log(3))
+
+
+def test_svgd_chain():
+    """z^0 is E(x); t - 1 bridges, each two noisy steps on; the last is the prior's. Gradients come back through all."""
+    torch.manual_seed(0)
+    z = (torch.randn(64, 6) * .3 + 2).requires_grad_()
+    chain = ivgen.svgd_chain(z, 4)
+    assert len(chain) == 5 and chain[0] is z
+    means = [c.mean().item() for c in chain[:4]]
+    assert means[0] > means[1] and abs(means[3]) < abs(means[0]) and abs(chain[4].mean()) < .2
+    for link in chain[1:4]:
+        assert torch.autograd.grad(link.square().sum(), z, retain_graph=True)[0].abs().max() > 0
+    assert not chain[4].requires_grad
+    torch.manual_seed(1)
+    one = ivgen.svgd_chain(z.detach(), 2)[1]
+    torch.manual_seed(1)
+    expected = z.detach()
+    for _ in range(2):
+        expected = ivgen.svgd_step(expected, ivgen.median_bandwidth(expected))
+        expected = expected + .1 * torch.randn_like(expected)
+    assert torch.equal(one, expected)
+
+
+def test_bridge_loss_is_eq_1():
+    logits = torch.randn(3, 5, 3)                                           # t = 2
+    naive = -sum(logits[k, j].log_softmax(0)[k] for k in range(3) for j in range(5)) / 15
+    assert ivgen.bridge_loss(logits) == pytest.approx(naive.item(), rel=1e-6)
+    naive = -sum(logits[k, j].log_softmax(0)[2] for k in range(2) for j in range(5)) / 10
+    assert ivgen.prior_loss(logits) == pytest.approx(naive.item(), rel=1e-6)
+
+
+def test_theorem_2_of_ivaae():
+    """On discrete distributions: the best D is p_i / sum p_j, its loss log(t + 1) - JS; no other D does better."""
+    torch.manual_seed(0)
+    p = torch.randn(4, 6, dtype=torch.double).softmax(1)                    # t = 3, six atoms
+    loss = lambda d: -(p * d.log()).sum(1).mean()                           # Eq. (1) by enumeration; d (4, 6), columns sum to 1
+    best = p / p.sum(0)
+    assert loss(best) == pytest.approx((math.log(4) - ivgen.multi_js(p)).item(), abs=1e-12)
+    for _ in range(20):
+        assert loss((best.log() + .1 * torch.randn(4, 6)).softmax(0)) > loss(best)
+    two = p[:2]                                                             # t = 1 is the GAN's JS
+    gan = .5 * sum((q * (q / two.mean(0)).log()).sum() for q in two)
+    assert ivgen.multi_js(two) == pytest.approx(gan.item(), abs=1e-12)
+
+
+def test_aae_is_ivaae_with_one_bridge():
+    """At t = 1 both substitutions are the code against the prior, D's two outputs a sigmoid, the weights AAE's 2 and 1."""
+    model, x = small_ivaae("aae")
+    assert model.config.t == 1 and model.config.mu / 2 == 2 and model.config.mu_e / 2 == 1
+    z, noise = torch.randn(5, 8), torch.randn(5, 8)
+    assert all(torch.equal(s(z, 1, 1, noise), noise) and torch.equal(s(z, 0, 1, noise), z) for s in substitutions())
+    logits = model.judge([z, noise])
+    real = logits[..., 1] - logits[..., 0]                                  # log odds of "from the prior"
+    target = torch.stack([torch.zeros(5), torch.ones(5)])
+    assert ivgen.bridge_loss(logits).item() == pytest.approx(F.binary_cross_entropy_with_logits(real, target).item(), rel=1e-5)
+    other, _ = small_ivaae("ivaae-rad", t=1)
+    for m in (model, other):
+        torch.manual_seed(3)
+        m.step(x)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
+
+
+def test_mmd_is_unbiased_and_equals_the_double_loop():
+    torch.manual_seed(0)
+    a, b, naive = torch.randn(5, 3, dtype=torch.double), torch.randn(6, 3, dtype=torch.double) + 1, 0.
+    for scale in (.1, .2, .5, 1, 2, 5, 10):
+        c = 2 * 3 * scale
+        k = lambda p, q, c=c: c / (c + (p - q).square().sum())
+        naive += sum(k(a[i], a[j]) for i in range(5) for j in range(5) if i != j) / 20
+        naive += sum(k(b[i], b[j]) for i in range(6) for j in range(6) if i != j) / 30
+        naive -= 2 * sum(k(p, q) for p in a for q in b) / 30
+    assert ivgen.mmd_imq(a, b) == pytest.approx(naive.item(), rel=1e-10)
+    draws = torch.stack([ivgen.mmd_imq(torch.randn(8, 3), torch.randn(8, 3)) for _ in range(600)])
+    assert draws.mean().abs() < 4 * draws.std() / math.sqrt(600) and draws.min() < 0
+    assert ivgen.mmd_imq(torch.randn(64, 3) + 2, torch.randn(64, 3)) > .5
+    assert torch.autograd.gradcheck(lambda a: ivgen.mmd_imq(a, b), a.requires_grad_())
+
+
+def test_squared_error_is_waes():
+    x, y = torch.rand(2, 3, 4, 4), torch.rand(2, 3, 4, 4)
+    assert ivgen.squared_error(x, y) == pytest.approx(.05 * ((x - y) ** 2).sum().item() / 2, rel=1e-5)
+
+
+def test_ivaae_networks_are_tables_3_and_4():
+    def shape(net):
+        return [(m.in_features, m.out_features) if isinstance(m, torch.nn.Linear) else
+                (m.out_channels, m.kernel_size[0], m.stride[0]) for m in net.modules()
+                if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d, torch.nn.ConvTranspose2d))]
+    with torch.device("meta"):
+        mnist, celeba = (("fc", 16, 1, 64, 128), ("conv", 64, 3, 64, 128))
+        assert shape(ivgen.CodeEncoder(*mnist)) == [(4096, 1024), (1024, 1024), (1024, 16)]
+        assert shape(ivgen.CodeGenerator(*mnist)) == [(16, 1024), (1024, 1024), (1024, 4096)]
+        assert shape(ivgen.CodeDiscriminator("fc", 16, 128, 4)) == [(16, 1024), (1024, 1024), (1024, 5)]
+        assert shape(ivgen.CodeEncoder(*celeba)) == [(128, 5, 2), (256, 5, 2), (512, 5, 2), (1024, 5, 2), (16384, 64)]
+        assert shape(ivgen.CodeGenerator(*celeba)) == [(64, 65536), (512, 5, 1), (256, 5, 1), (128, 6, 2), (3, 4, 2)]
+        assert shape(ivgen.CodeDiscriminator("conv", 64, 128, 4)) == [(64, 512)] + [(512, 512)] * 3 + [(512, 5)]
+    for network, channels, size in (("fc", 1, 32), ("conv", 3, 64)):
+        z = ivgen.CodeEncoder(network, 6, channels, size, 4)(torch.randn(2, channels, size, size))
+        x = ivgen.CodeGenerator(network, 6, channels, size, 4)(z)
+        assert z.shape == (2, 6) and x.shape == (2, channels, size, size) and x.abs().max() <= 1
+
+
+@pytest.mark.parametrize("model", ["aae", "ivaae-bw", "ivaae-rad", "ivaae-svgd"])
+def test_ivaae_moves_d_down_and_e_up_the_intervention_loss(model):
+    """Alg. 1's signs. D alone moves in `step_d`, and its loss falls; E climbs it through every bridge, SVGD included."""
+    net, x = small_ivaae(model, lr_d=1e-2)
+    z = net.E(x)
+    chain = [part.detach() for part in net.bridges(z)]
+    before, d = {n: weights(getattr(net, n)) for n in "EGD"}, ivgen.bridge_loss(net.judge(chain))
+    losses = [net.step_d(chain)["d_iv"].item() for _ in range(5)]
+    assert moved(before["D"], net.D) and not moved(before["E"], net.E) and not moved(before["G"], net.G)
+    assert losses[0] == pytest.approx(d.item()) and losses[-1] < losses[0]
+    # E: a step against encoder_loss's gradient raises D's loss on the same noise
+    params = list(net.E.parameters())
+
+    def loss():
+        torch.manual_seed(5)
+        return net.judge(net.bridges(net.E(x)))
+
+    grads = torch.autograd.grad(net.encoder_loss(loss()), params)
+    assert all(g.abs().max() > 0 for g in grads)
+    was = ivgen.bridge_loss(loss())
+    with torch.no_grad():
+        for p, g in zip(params, grads):
+            p -= 1e-2 * g / g.norm()
+    assert ivgen.bridge_loss(loss()) > was
+
+
+def test_ivaae_gradient_of_every_bridge_reaches_e():
+    net, x = small_ivaae("ivaae-svgd")
+    logits = net.judge(net.bridges(net.E(x)))
+    for k in range(4):
+        loss = -logits[k].log_softmax(1)[:, k].mean()
+        assert torch.autograd.grad(loss, net.E[1].weight, retain_graph=True)[0].abs().max() > 0
+    with pytest.raises(RuntimeError):                                       # z_t is the prior's: nothing to give
+        torch.autograd.grad(net.judge([net.bridges(net.E(x))[4]]).sum(), net.E[1].weight)
+
+
+@pytest.mark.parametrize("model", list(ivgen.IVAAE_MODELS))
+def test_ivaaes_step_is_algorithm_1(model):
+    """One step against the algorithm written out: G by lam L_recon alone, E by lam L_recon + mu2 L_IV, D before both."""
+    net, x = small_ivaae(model)
+    twin, c = copy.deepcopy(net), net.config
+    torch.manual_seed(7)
+    losses = net.step(x)
+    torch.manual_seed(7)
+    z = twin.E(x)
+    recon = .05 * (twin.G(z) - x).square().flatten(1).sum(1).mean()
+    if model == "wae-mmd":
+        assert twin.D is None
+        e_loss = c.lam_mmd * ivgen.mmd_imq(z, torch.randn_like(z))
+    else:
+        chain = twin.bridges(z)
+        ce = sum(F.cross_entropy(twin.D(part.detach()), torch.full((16,), k)) for k, part in enumerate(chain)) / (c.t + 1)
+        assert losses["d_iv"].item() == pytest.approx(ce.item(), rel=1e-5)
+        optimiser = torch.optim.Adam(twin.D.parameters(), c.lr_d, (c.beta1, c.beta2))
+        (4 / (c.t + 1) * ce).backward()
+        optimiser.step()
+        ce = sum(F.cross_entropy(twin.D(part), torch.full((16,), k)) for k, part in enumerate(chain)) / (c.t + 1)
+        e_loss = -2 / (c.t + 1) * ce
+    for network, rate, loss in ((twin.G, c.lr, recon), (twin.E, c.lr_e, recon + e_loss)):
+        params = list(network.parameters())
+        grads = torch.autograd.grad(loss, params, retain_graph=True)
+        optimiser = torch.optim.Adam(params, rate, (c.beta1, c.beta2))
+        for p, g in zip(params, grads):
+            p.grad = g
+        network.optimiser = optimiser
+    for network in (twin.G, twin.E):
+        network.optimiser.step()
+    for a, b in zip(net.parameters(), twin.parameters()):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_prior_form_of_es_loss_pulls_codes_to_the_prior():
+    net, x = small_ivaae("aae", e_loss="prior")
+    logits = net.judge(net.bridges(net.E(x)))
+    assert net.encoder_loss(logits).item() == pytest.approx(ivgen.prior_loss(logits).item())
+    naive = F.softplus(logits[0, :, 0] - logits[0, :, 1]).mean()            # -log sigmoid of the odds "from the prior"
+    assert ivgen.prior_loss(logits).item() == pytest.approx(naive.item(), rel=1e-5)
+
+
+def test_ivaae_learning_rates_decay():
+    net, x = small_ivaae(lr=4e-3, lr_e=2e-3, lr_d=1e-3, decay=((1, .5), (2, .1)), steps_per_epoch=2)
+    rates = []
+    for _ in range(5):
+        net.step(x)
+        rates.append([net.optimisers[n].param_groups[0]["lr"] for n in "GED"])
+    assert [r[0] for r in rates] == pytest.approx([4e-3, 4e-3, 2e-3, 2e-3, 4e-4])
+    assert all(r == pytest.approx([r[0], r[0] / 2, r[0] / 4]) for r in rates)
+
+
+def test_ivaae_presets_are_the_papers():
+    mnist, celeba, cifar = (ivgen.preset("ivaae-rad", d) for d in ("mnist", "celeba", "cifar10"))
+    assert (mnist.latent, mnist.batch, mnist.lr, mnist.lr_d, mnist.lr_e, mnist.size) == (16, 64, 1e-4, 1e-4, 5e-5, 64)
+    assert (celeba.latent, celeba.batch, celeba.lr, celeba.lr_d, celeba.lr_e) == (64, 100, 1e-3, 5e-4, 1e-3)
+    assert (cifar.latent, cifar.batch, cifar.epochs, cifar.samples) == (128, 128, 300, 20_000)
+    for name in ivgen.IVAAE_MODELS:
+        for dataset in ("mnist", "celeba", "cifar10", "digits"):
+            ivgen.preset(name, dataset).check()
+
+
+def ivaae_flags(pictures, tmp_path, *more):
+    return ("--dataset", pictures, "--root", tmp_path / "root", "--width", 2, "--latent", 8, "--batch", 16, "--samples", 50,
+            "--device", "cpu", "--amp", "off", *more)
+
+
+@pytest.mark.parametrize("model", list(ivgen.IVAAE_MODELS))
+def test_an_ivaae_run_leaves_its_figures_and_numbers(model, pictures, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert cli(ivgen, *ivaae_flags(pictures, tmp_path, "--model", model, "--steps", 2, "--out", run)) == 0
+    line = json.loads((run / "log.jsonl").read_text().splitlines()[-1])
+    assert line["fld"] > 0 and line["fld_n"] == 96 and "mse" in line
+    for name in ("samples/000002", "recon/000002", "figures/interpolations-000002", "figures/covariance-000002"):
+        assert (run / f"{name}.png").stat().st_size > 0
+    capsys.readouterr()
+    code = cli(ivgen, "--resume", run, "--probe", "discriminator", "--probe-steps", 3, "--device", "cpu")
+    out = capsys.readouterr()
+    if model == "wae-mmd":
+        assert code == 2 and "has no discriminator" in out.err
+        return
+    lines = [json.loads(line) for line in (run / "probe-discriminator.jsonl").read_text().splitlines()]
+    assert code == 0 and [line["iteration"] for line in lines] == [1, 2, 3]
+    assert all(line["loss"] > 0 and line["gradient"] > 0 and line["gradient_iv"] > 0 for line in lines)
+    assert (run / "figures/probe-discriminator-loss.png").stat().st_size > 0
+    assert cli(ivgen, "--resume", run, "--probe", "classifier", "--device", "cpu") == 2
+    assert "has no labels" in capsys.readouterr().err
+
+
+def test_probes_leave_the_frozen_networks_alone(tmp_path):
+    net, _ = small_ivaae("ivaae-rad")
+    digits = load("digits", tmp_path, 16, "train")
+    digits = dataclasses.replace(digits, x=digits.x[:600], y=digits.y[:600])
+    before = copy.deepcopy(net.state_dict())
+    lines = ivgen.probe_discriminator(net, Batches(digits, 32, size=16), 30)
+    assert sum(line["loss"] for line in lines[-5:]) < sum(line["loss"] for line in lines[:5])
+    after = net.state_dict()
+    assert all(torch.equal(v, after[k]) for k, v in before.items() if not k.startswith(("D.", "_extra")))
+    lines = ivgen.probe_classifier(net, Batches(digits, 60, size=16), digits, 60, every=20)
+    assert [line["iteration"] for line in lines] == [20, 40, 60] and lines[-1]["error"] < .8
+    assert all(torch.equal(v, net.state_dict()[k]) for k, v in after.items() if not k.startswith("_extra"))
+
+
+@pytest.mark.parametrize("flags, words", [
+    (("--model", "ivaae-bw", "--t", 5), "--t 5 does not divide the latent dimension 16"),
+    (("--model", "ivaae-rad", "--t", 0), "--t 0"),
+    (("--model", "ivaae-rad", "--dataset", "cifar10", "--size", 32), "Table 4's networks are for 64 pixels"),
+    (("--model", "ivaae-svgd", "--batch", 2), "3 or more"),
+    (("--probe", "classifier"), "--probe needs --resume RUN"),
+])
+def test_ivaaes_bad_flags_end_in_a_sentence(flags, words, capsys):
+    assert cli(ivgen, *flags) == 2
+    assert words in capsys.readouterr().err
+
+
+# ======================================================================================================================
 # aim.py: Adversarial Inference by Matching (uses cli, weights, moved and the fixture `pictures` of the parts above)
 # ======================================================================================================================
 
