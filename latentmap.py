@@ -1,0 +1,1595 @@
+"""LatentMap: a generative model without prior distribution matching, its ablations and baselines, in one file.
+
+    "Generative Model without Prior Distribution Matching." Cong Geng, Jia Wang, Li Chen, Zhiyong Gao.
+    Sections, equations, tables and figures are this paper's.
+
+The idea. A variational autoencoder asks two things of one code: that it tell the data apart, and that it be distributed like
+a prior. The second destroys what the first needs, the geometry of the data (Propositions 1 and 2). LatentMap asks only the
+first. An autoencoder is trained for reconstruction, with a critic d that learns how unreal its outputs are: 0 for data, lam
+for a blend with the reconstruction, mu + lam for the decoding of a blend of two codes, Eq. (9). E and G want d to say 0 for
+both, Eq. (10), so that the straight line between two codes decodes to data. The code is batch-normalised, Eq. (11), which
+keeps it near a sphere of radius sqrt(dim) without bending it. Afterwards an MLP g learns to turn Gaussian noise into codes,
+against a discriminator D between vectors: a hinge GAN in the code space, Eqs. (12) and (13). Samples are G(g(z)).
+
+Notation.   paper              here           shape
+            x ~ p_r(x)         x              (B, C, S, S) in [-1, 1], or points (B, 2)
+            z = E(x)           E(x)           (B, dim)
+            z^ = BN(z)         code           (B, dim), mean 0, variance 1 in each coordinate over the batch
+            x^ = G(z^)         x_hat          like x
+            mu ~ U[0, .5]      mu             (B, 1), one for each item
+            x_mu               x_mu           like x: G(mu z^_1 + (1 - mu) z^_2); z^_1 is the batch reversed
+            gamma, lambda      gamma, lam     .2, .2
+            omega_1, omega_2   omega1, omega2 1, 1
+            d(x)               d(x)           (B,), the mean over an encoder's outputs
+            g(z), D(code)      g(z), D(code)  (B, dim), (B,)
+
+Algorithm (one call of `LatentMap.step`; the paper prints none).
+    first phase, `ae_share` of the steps       code = BN(E(x)); x^ = G(code)
+        d, twice:  down ||d(x)||^2 + ||d(gamma x + (1 - gamma) x^) - lam||^2 + ||d(x_mu) - mu - lam||^2          Eq. (9)
+        E, G:      down ||x - x^||^2 + omega1 ||d(x_mu)||^2 + omega2 ||d(x^)||^2                                Eq. (10)
+    second phase                               E, BN, G, d rest; code = BN(E(x)) with the running statistics
+        D, five times:  down relu(1 - D(code)) + relu(1 + D(g(z)))                                              Eq. (12)
+        g:              down -D(g(z))                                                                           Eq. (13)
+    --joint (author code): both in every step.
+
+Where this file departs from the paper, or had to choose (D1...):
+  D1  Eq. (10)'s ||x - x^||^2 is a mean over all numbers, not a sum: the other terms are of the order of lam^2 = .04, and a
+      sum over 12,288 pixels would switch them off. `--recon l1` is the author code's mean absolute difference.
+  D2  gamma, lambda, omega1, omega2 are the author code's (paper silent), and so are two steps of d and five of D for one of
+      E and G and one of g, Adam at 2e-4 with beta1 = 0, and a batch of 32. beta2 is Adam's own. Which of x_1, x_2 is the
+      reversed batch is open: since mu <= .5, x_mu lies nearer to x_2, which here is the item in its own place.
+  D3  BN of the code has no scale and no shift: the text wants mean 0 and variance 1 (author code: both learnt). After
+      training, codes are made with the running statistics. `latentmap-nobn` leaves it out.
+  D4  The prior is the paper's Gaussian; `--prior sphere` (author code) is uniform on the sphere, here of radius sqrt(dim).
+  D5  Order. The paper trains the autoencoder first, and then the map, on codes that rest; it does not say for how long.
+      Here `ae_share` of the steps goes to the autoencoder (ours: .8; for points .5). `--joint` is the author code's order.
+      best.pt is chosen among evaluations of the second phase.
+  D6  "Mimicry's architectures" for G and d: at 64 pixels its SNGAN-64 generator and discriminator (ResNet, 4 x 4 x 1024 at
+      the narrow end, xavier's weights with gain sqrt(2) in residuals, 1 elsewhere). d has spectral norm; E has d's shape with
+      BN in its place and a mean in place of the sum over positions. d's last layer is free of the norm, which would leave the
+      mean of its outputs too small a range. g and D are MLPs of four layers (author code); their width is ours, and D's last
+      layer, too, is free. 32 pixels: a plain convolutional pair (ours). Points: MLPs of four layers; E, G, d without norms.
+  D7  The Swiss roll: data.py's plane spiral, 5,000 points, 2-D codes; its steps, rates and batch are ours (paper silent).
+      MNIST's epochs (25, CelebA's), CIFAR-10's 32 pixels and CelebA's 128 dimensions (Mimicry's) are ours, too.
+  D8  The baselines share E, G, optimiser and batch. VAE: beta / 2 ||x - x^||^2 summed over the item, plus KL: a Gaussian of
+      variance 1 / beta (images: 1/2, so their sum; points: 1/1000). WAE: the same sum, unhalved, plus `wae_lam` MMD, with
+      the inverse multiquadratic kernels of its authors; 10 on MNIST, 100 on CelebA (theirs). AAE: reconstruction (D1's
+      mean), D and E's adversarial steps have optimisers of their own, in this order.
+  D9  IntroVAE, its Eqs. (11) and (12): margin m, alpha, beta are ours per data set; the hinge is taken item by item. AGE:
+      codes and prior on the sphere of radius sqrt(dim), KL of the batch's fitted diagonal Gaussian divided by dim (so that the
+      weights mu = 10, lambda = 1000 need no change with dim), L1 between images. ALAE: F an MLP like g, D without spectral
+      norm, R1 with gamma = 10, F(z) held still in the reciprocity, which moves E and G.
+
+Run it.  python latentmap.py                                        the Swiss roll (Figs. 4 and 5), minutes, offline
+         python latentmap.py --model vae                            ... and its baselines: vae, aae, alae, wae, introvae, age
+         python latentmap.py --dataset mnist --model latentmap-nobn Fig. 6: rows latentmap-nobn, latentmap-noreg, latentmap
+         python latentmap.py --dataset celeba                       Table 1: 64 x 64, 25 epochs
+What to expect: README.md, with the command and the protocol of each number.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import itertools
+import json
+import math
+import os
+import pathlib
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+FILE = "latentmap"
+
+# ======================================================================================================================
+# Settings
+# ======================================================================================================================
+
+
+@dataclasses.dataclass
+class Config:
+    """Every setting of a run. The values below are those for CelebA (Table 1)."""
+
+    model: str = "latentmap"
+    dataset: str = "swissroll"
+    root: str = "data"
+    size: int = 64                  # "resized to 64"; 32: MNIST, CIFAR-10 (D7); 0: points
+    channels: int = 3               # set from the data; of points their dimension
+    width: int = 64                 # channels at full size: Mimicry's, 16 times as many at the narrow end (points: MLPs)
+    latent: int = 128               # Mimicry's (D7); MNIST: 256 (ablation study); Swiss roll: 2
+    batch: int = 32                 # author code
+    epochs: float = 25              # "25 epochs"; `steps` wins where it is given
+    steps: int = 0
+    steps_per_epoch: int = 0        # set from the data
+    lr: float = 2e-4                # author code
+    beta1: float = 0.               # author code
+    beta2: float = .999             # Adam's own
+    method: str = "latentmap"       # which class; set by the model
+    normalise: bool = True          # Eq. (11)
+    gamma: float = .2               # author code: share of the data in what d should call lam
+    lam: float = .2                 # author code: what d should call it
+    omega1: float = 1.              # author code: weight of ||d(x_mu)||^2
+    omega2: float = 1.              # author code: weight of ||d(x^)||^2
+    recon: str = "l2"               # Eq. (10); "l1": author code (D1)
+    prior: str = "gauss"            # "sphere": author code (D4)
+    joint: bool = False             # author code's order (D5)
+    ae_share: float = .8            # ours (D5)
+    map_from: int = 0               # the first step of the second phase; set from ae_share and the steps
+    critic_steps: int = 2           # author code: steps of d for one of E, G
+    d_steps: int = 5                # author code: steps of D for one of g
+    map_width: int = 512            # ours: hidden units of g and D
+    beta: float = 2.                # VAE, IntroVAE: weight of half the summed squared error (D8, D9)
+    wae_lam: float = 100.           # WAE, CelebA; MNIST: 10 (its authors')
+    margin: float = 25.             # IntroVAE: m, ours (D9)
+    alpha: float = .25              # IntroVAE: its authors'
+    age_mu: float = 10.             # AGE: reconstruction of images, for E
+    age_lam: float = 1000.          # AGE: reconstruction of codes, for G
+    r1: float = 10.                 # ALAE: gamma of R1
+    seed: int = 0
+    amp: str = "auto"
+    compile: bool = False
+    eval_every: int = 0             # steps; 0: a twelfth of the run
+    samples: int = 50_000           # generated images (points) a metric is computed from: "50K generated samples"
+    inception: str = ""             # weights for fid: a path, "auto" to download, "" for none
+
+    def check(self):
+        """Raises UserError, in one sentence, for settings that cannot work."""
+        if self.model not in MODELS:
+            raise UserError(f"--model {self.model} is not one of {', '.join(MODELS)}")
+        if self.size not in (0, 32, 64):
+            raise UserError(f"--size {self.size}: there are networks for 32 and for 64 pixels")
+        if (self.size == 0) != (self.dataset in POINT_SETS):
+            raise UserError(f"--size {self.size} does not suit {self.dataset}, which holds "
+                            f"{'points' if self.size else 'images'}; leave it out")
+        for name, least in (("batch", 2), ("latent", 1), ("width", 1), ("samples", 10), ("epochs", 1e-9)):
+            if not getattr(self, name) >= least:
+                raise UserError(f"--{name} {getattr(self, name)} is too small")
+        for name in ("lr", "gamma", "lam", "omega1", "omega2"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UserError(f"--{name} {getattr(self, name)} must be a number from 0 up")
+        if not self.gamma <= 1:
+            raise UserError(f"--gamma {self.gamma} is a share of the data: at most 1")
+        if self.prior == "sphere" and self.latent < 2:
+            raise UserError(f"--latent {self.latent} is too small for a prior on the sphere")
+        if self.compile and self.method == "alae":
+            raise UserError("--compile does not go with alae: R1 needs second derivatives, which torch.compile has none of")
+
+
+MODELS = {  # Tables 1 and 2, Figs. 4 and 6: what each changes of Config
+    "latentmap": dict(),
+    "latentmap-nobn": dict(normalise=False, omega1=0., omega2=0.),  # Fig. 6, first row
+    "latentmap-noreg": dict(omega1=0., omega2=0.),                  # Fig. 6, second row
+    "vae": dict(method="vae", normalise=False), "aae": dict(method="aae", normalise=False),
+    "wae": dict(method="wae", normalise=False), "introvae": dict(method="introvae", normalise=False),
+    "age": dict(method="age", normalise=False, prior="sphere"), "alae": dict(method="alae", normalise=False),
+}
+POINTS = dict(size=0, width=128, latent=2, batch=500, steps=6000, lr=1e-3, ae_share=.5, map_width=128, samples=5000,
+              amp="off", beta=1000., wae_lam=10., margin=5.)        # ours (D7, D8)
+MNIST = dict(size=32, latent=256, wae_lam=10., samples=10_000)      # ablation study: 256 dimensions
+DATASETS = {  # what a data set changes of Config, whose own values are CelebA's
+    "swissroll": POINTS, "grid25": POINTS, "ring8": POINTS,
+    "mnist": MNIST, "fashion-mnist": MNIST,
+    "digits": MNIST | dict(width=16, latent=64, steps=3000, samples=5000),          # ours: minutes on two cores
+    "stacked-digits": MNIST, "stacked-mnist": MNIST, "cifar10": dict(size=32),
+}
+POINT_SETS = ("grid25", "ring8", "swissroll")
+LOG_EVERY, SAVE_EVERY = 50, 500                                     # steps
+GREY = ("digits", "mnist", "fashion-mnist")
+
+
+def preset(model=None, dataset=None):
+    """Config for one model on one data set: the paper's values, then the data set's, then the model's."""
+    model, dataset = model or Config.model, dataset or Config.dataset
+    if model not in MODELS:
+        raise UserError(f"--model {model} is not one of {', '.join(MODELS)}")
+    config = dataclasses.replace(Config(model=model, dataset=dataset), **DATASETS.get(dataset, {}))
+    return dataclasses.replace(config, **MODELS[model])
+
+
+# ======================================================================================================================
+# Networks (D6)
+# ======================================================================================================================
+
+
+def conv(c_in, c_out, kernel, gain=1., spectral=False, stride=1, bias=True):
+    """A convolution that keeps the size (stride 1) or divides it, with xavier's weights (Mimicry) and a zero bias."""
+    layer = nn.Conv2d(c_in, c_out, kernel, stride, (kernel - 1) // 2, bias=bias)
+    nn.init.xavier_uniform_(layer.weight, gain)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return spectral_norm(layer) if spectral else layer
+
+
+class Up(nn.Module):
+    """Mimicry's block of G: (B, c_in, S, S) -> (B, c_out, 2S, 2S); residual BN, ReLU, up, 3 x 3, BN, ReLU, 3 x 3."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.first, self.second = nn.BatchNorm2d(c_in), nn.BatchNorm2d(c_out)
+        self.conv1, self.conv2 = conv(c_in, c_out, 3, 2 ** .5), conv(c_out, c_out, 3, 2 ** .5)
+        self.shortcut = conv(c_in, c_out, 1)
+
+    def forward(self, x):
+        up = lambda h: F.interpolate(h, scale_factor=2, mode="bilinear", align_corners=False)
+        h = self.conv1(up(F.relu(self.first(x))))
+        # 1 x 1 convolution and bilinear enlargement commute: small images first
+        return self.conv2(F.relu(self.second(h))) + up(self.shortcut(x))
+
+
+class Down(nn.Module):
+    """Mimicry's block of d: (B, c_in, S, S) -> (B, c_out, S/2, S/2); the first of them does not start with a ReLU.
+
+    norm: "spectral" for d, or "batch" for E: BN before each ReLU.
+    """
+
+    def __init__(self, c_in, c_out, norm, first=False):
+        super().__init__()
+        spectral, middle = norm == "spectral", c_out if first else c_in
+        batch = lambda c: nn.Identity() if spectral else nn.BatchNorm2d(c)
+        before = [] if first else [batch(c_in), nn.ReLU()]
+        self.residual = nn.Sequential(*before, conv(c_in, middle, 3, 2 ** .5, spectral), batch(middle), nn.ReLU(),
+                                      conv(middle, c_out, 3, 2 ** .5, spectral), nn.AvgPool2d(2))
+        self.shortcut = nn.Sequential(nn.AvgPool2d(2), conv(c_in, c_out, 1, spectral=spectral))
+
+    def forward(self, x):
+        return self.residual(x) + self.shortcut(x)
+
+
+def mlp(n_in, hidden, n_out, norm="", slope=0., layers=4):
+    """`layers` linear layers with (leaky) ReLU between; norm "batch": BN before it; "spectral": of all but the last (D6)."""
+    parts, n = [], n_in
+    for _ in range(layers - 1):
+        linear = nn.Linear(n, hidden)
+        parts.append(spectral_norm(linear) if norm == "spectral" else linear)
+        if norm == "batch":
+            parts.append(nn.BatchNorm1d(hidden))
+        parts.append(nn.LeakyReLU(slope))
+        n = hidden
+    return nn.Sequential(*parts, nn.Linear(n, n_out))
+
+
+class Pool(nn.Module):
+    """(B, C, S, S) -> (B, C): ReLU, and the sum over positions (Mimicry's d) or the mean (E)."""
+
+    def __init__(self, total):
+        super().__init__()
+        self.total = total
+
+    def forward(self, h):
+        h = F.relu(h)
+        return h.sum((2, 3)) if self.total else h.mean((2, 3))
+
+
+class Encoder(nn.Sequential):
+    """E, norm "batch", and the body of d, norm "spectral": images (B, C, S, S) or points (B, C) -> (B, n_out), float32."""
+
+    def __init__(self, size, channels, n_out, width, norm):
+        w, spectral = width, norm == "spectral"
+        if size == 0:
+            layers = [mlp(channels, w, n_out, slope=.2 if spectral else 0.)]
+        elif size == 64:
+            head = nn.Linear(16 * w, n_out)
+            nn.init.xavier_uniform_(head.weight)
+            layers = [Down(channels, w, norm, first=True), *[Down(w << i, w << i + 1, norm) for i in range(4)],
+                      Pool(spectral), head]                         # 64 -> 32 -> 16 -> 8 -> 4 -> 2
+        else:
+            layers = []
+            for c_in, c_out in ((channels, w), (w, 2 * w), (2 * w, 4 * w)):         # 32 -> 16 -> 8 -> 4
+                layers += [conv(c_in, c_out, 4, 2 ** .5, spectral, stride=2, bias=spectral),
+                           *([] if spectral else [nn.BatchNorm2d(c_out)]), nn.LeakyReLU(.2)]
+            layers += [nn.Flatten(), nn.Linear(64 * w, n_out)]
+        super().__init__(*layers)
+
+    def forward(self, x):
+        return super().forward(x).float()
+
+
+class Critic(Encoder):
+    """d: -> (B,), the mean over an encoder's outputs."""
+
+    def forward(self, x):
+        return super().forward(x).mean(1)
+
+
+class Decoder(nn.Sequential):
+    """G: codes (B, dim) -> images (B, C, S, S) in [-1, 1], or points (B, C); float32."""
+
+    def __init__(self, size, latent, channels, width):
+        w = width
+        if size == 0:
+            layers = [mlp(latent, w, channels)]
+        elif size == 64:
+            narrow = nn.Linear(latent, 256 * w)                     # 4 x 4 x 1024
+            nn.init.xavier_uniform_(narrow.weight)
+            layers = [narrow, nn.Unflatten(1, (16 * w, 4, 4)), *[Up(w << i, w << i - 1) for i in (4, 3, 2, 1)],
+                      nn.BatchNorm2d(w), nn.ReLU(), conv(w, channels, 3), nn.Tanh()]
+        else:
+            layers = [nn.Linear(latent, 64 * w, bias=False), nn.Unflatten(1, (4 * w, 4, 4))]
+            for c_in, c_out in ((4 * w, 2 * w), (2 * w, w), (w, channels)):         # 4 -> 8 -> 16 -> 32
+                layers += [nn.BatchNorm2d(c_in), nn.ReLU(), nn.ConvTranspose2d(c_in, c_out, 4, 2, 1)]
+            layers += [nn.Tanh()]
+        super().__init__(*layers)
+
+    def forward(self, z):
+        return super().forward(z).float()
+
+
+# ======================================================================================================================
+# Losses (one function per equation; means over the batch, to be minimised, unless said otherwise)
+# ======================================================================================================================
+
+
+def interpolate(code, mu):
+    """mu E(x_1) + (1 - mu) E(x_2) below Eq. (9); x_2 is the item itself, x_1 its partner in the reversed batch (D2)."""
+    return mu * code.flip(0) + (1 - mu) * code
+
+
+def critic_loss(d_x, d_mix, d_mu, mu, lam):
+    """Eq. (9): d's outputs (B,) on x, on gamma x + (1 - gamma) x^, on x_mu, whose targets are 0, lam, mu + lam; mu (B,)."""
+    return d_x.square().mean() + (d_mix - lam).square().mean() + (d_mu - mu - lam).square().mean()
+
+
+def reconstruction_loss(x, x_hat, recon="l2"):
+    """Eq. (10), first term: the mean over all numbers of the squared ("l2"), or absolute ("l1"), difference (D1)."""
+    return F.mse_loss(x_hat, x) if recon == "l2" else F.l1_loss(x_hat, x)
+
+
+def autoencoder_loss(x, x_hat, d_mu, d_hat, omega1, omega2, recon="l2"):
+    """Eq. (10): d's outputs (B,) on x_mu and on x^."""
+    return reconstruction_loss(x, x_hat, recon) + omega1 * d_mu.square().mean() + omega2 * d_hat.square().mean()
+
+
+def hinge_loss_d(real, fake):
+    """Eq. (12): D's outputs (B,) on codes and on g(z)."""
+    return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+
+
+def hinge_loss_g(fake):
+    """Eq. (13)."""
+    return -fake.mean()
+
+
+def squared_error(x, x_hat):
+    """||x - x^||^2 of each item: (B,)."""
+    return (x - x_hat).square().flatten(1).sum(1)
+
+
+def kl_normal(mu, log_var):
+    """KL(N(mu, sigma^2) || N(0, I)) of each item: (B, dim) twice -> (B,)."""
+    return (mu.square() + log_var.exp() - log_var - 1).sum(1) / 2
+
+
+def negative_elbo(x, x_hat, mu, log_var, beta):
+    """-Eq. (2) up to a constant, for p(x|z) = N(x^, I / beta); x^ = G(z), z ~ q(z|x) (D8)."""
+    return (beta / 2 * squared_error(x, x_hat) + kl_normal(mu, log_var)).mean()
+
+
+def gan_loss_d(real, fake):
+    """-log sigmoid(real) - log(1 - sigmoid(fake)) of logits (B,): AAE's D and ALAE's."""
+    return F.softplus(-real).mean() + F.softplus(fake).mean()
+
+
+def gan_loss_g(fake):
+    """-log sigmoid(fake), the non-saturating form: AAE's E, ALAE's F and G."""
+    return F.softplus(-fake).mean()
+
+
+def mmd(a, b):
+    """WAE's penalty, unbiased: squared MMD of codes a, b (n, dim) under sum_s C / (C + ||a - b||^2), C = 2 dim s.
+
+    s in {.1, .2, .5, 1, 2, 5, 10}; 2 dim is the mean squared distance of two draws from N(0, I). Pairs within a set leave
+    out each with itself; as an unbiased estimate it may be negative.
+    """
+    n, dim = a.shape
+
+    def kernel(u, v):
+        distance = (u.square().sum(1)[:, None] + v.square().sum(1) - 2 * u @ v.T).clamp_min(0)
+        return sum(c / (c + distance) for c in (2 * dim * s for s in (.1, .2, .5, 1., 2., 5., 10.)))
+
+    within = lambda u: (kernel(u, u).sum() - 7 * n) / (n * (n - 1))  # each of the 7 kernels is 1 at distance 0
+    return within(a) + within(b) - 2 * kernel(a, b).mean()
+
+
+def introvae_loss_e(kl_real, kl_rec, kl_gen, error, margin, alpha, beta):
+    """IntroVAE's Eq. (11): KL of E on data, on reconstructions, on samples, half the squared error: (B,) each.
+
+    As a discriminator E keeps the KL of data low and pushes that of what G makes up to the margin (D9).
+    """
+    return (kl_real + alpha * (F.relu(margin - kl_rec) + F.relu(margin - kl_gen)) + beta * error).mean()
+
+
+def introvae_loss_g(kl_rec, kl_gen, error, alpha, beta):
+    """IntroVAE's Eq. (12): G wants E to take what it makes for data."""
+    return (alpha * (kl_rec + kl_gen) + beta * error).mean()
+
+
+def kl_fit(code):
+    """AGE's Delta: KL(N(m, s^2) || N(0, I)) / dim with the mean and variance of each coordinate of codes (B, dim) -> ()."""
+    mean, var = code.mean(0), code.var(0, unbiased=False).clamp_min(1e-8)           # a collapsed coordinate has no log
+    return (mean.square() + var - var.log() - 1).mean() / 2
+
+
+def age_loss_e(real, fake, x, x_hat, mu):
+    """AGE: e maximises Delta(e(g(Z))) - Delta(e(X)); negated, plus mu |x - g(e(x))|. real, fake: codes (B, dim)."""
+    return kl_fit(real) - kl_fit(fake) + mu * (x - x_hat).abs().mean()
+
+
+def age_loss_g(fake, z, lam):
+    """AGE: g minimises Delta(e(g(Z))), plus lam ||z - e(g(z))||^2. On the sphere of radius sqrt(dim) the mean over numbers
+    is the squared distance on the unit sphere, for which lam is meant."""
+    return kl_fit(fake) + lam * (z - fake).square().mean()
+
+
+def r1_penalty(logits, x):
+    """||d logits / d x||^2 of each item, their mean; ALAE weights it by gamma / 2."""
+    gradient, = torch.autograd.grad(logits.sum(), x, create_graph=True)
+    return gradient.square().flatten(1).sum(1).mean()
+
+
+def reciprocity_loss(w, w_hat):
+    """ALAE: ||F(z) - E(G(F(z)))||^2, a mean over numbers."""
+    return (w - w_hat).square().mean()
+
+
+# ======================================================================================================================
+# The models
+# ======================================================================================================================
+
+
+def draw_prior(n, dim, kind, generator=None, device=None):
+    """z (n, dim): N(0, I), or uniform on the sphere of radius sqrt(dim) (D4)."""
+    z = torch.randn(n, dim, generator=generator, device=device)
+    return project(z) if kind == "sphere" else z
+
+
+def project(z):
+    """(n, dim) -> the same directions, on the sphere of radius sqrt(dim)."""
+    return F.normalize(z, dim=1) * z.shape[1] ** .5
+
+
+class Autoencoder(nn.Module):
+    """What all have in common: E, G, optimisers by name, and the verbs `sample(n)`, `encode(x)`, `decode(z)`.
+
+    A model adds `networks(config)`, `groups()`, the parameters each optimiser moves, and `update_all(x)`, which makes the
+    updates of one `step(x)`; where codes are not the prior itself, also `to_code(z)`, and `code(x)` where it is not E(x).
+    """
+
+    def __init__(self, config, machine=None):
+        super().__init__()
+        self.config, self.machine, self.iteration = config, machine or Machine(), 0
+        self.networks(config)
+        self.to(self.machine.device, memory_format=torch.channels_last)
+        adam = dict(lr=config.lr, betas=(config.beta1, config.beta2), fused=self.machine.device.type in ("cpu", "cuda"))
+        self.optimisers = {name: torch.optim.Adam(params, **adam) for name, params in self.groups().items()}
+
+    def networks(self, c, outputs=1):
+        self.E = Encoder(c.size, c.channels, outputs * c.latent, c.width, "batch")
+        self.G = Decoder(c.size, c.latent, c.channels, c.width)
+
+    def groups(self):
+        return {"AE": [*self.E.parameters(), *self.G.parameters()]}
+
+    def get_extra_state(self):
+        return self.iteration                                       # tells the phase; part of a checkpoint
+
+    def set_extra_state(self, iteration):
+        self.iteration = iteration
+
+    def update(self, name, loss):
+        """One step of one optimiser, down `loss`; nothing else moves."""
+        params = [p for group in self.optimisers[name].param_groups for p in group["params"]]
+        self.machine.apply(self.optimisers[name], params, self.machine.gradients(loss, params))
+        self.machine.end_step()                                     # after each: an optimiser may step again in this iteration
+
+    def step(self, x):
+        """One iteration on data x. Returns its losses as scalars."""
+        losses = self.update_all(x.to(memory_format=torch.channels_last) if x.dim() == 4 else x)
+        self.iteration += 1
+        return losses
+
+    def prior(self, n, seed=None):
+        """z (n, dim) from the prior; with a seed the same at each call, without touching the training's random numbers."""
+        c, device = self.config, self.machine.device
+        if seed is None:
+            return draw_prior(n, c.latent, c.prior, device=device)
+        return draw_prior(n, c.latent, c.prior, torch.Generator().manual_seed(seed)).to(device)
+
+    def to_code(self, z):
+        return z
+
+    def code(self, x):
+        return self.E(x)
+
+    def infer(self, function, x):
+        """`function(x)` with the networks in evaluation mode, without a graph."""
+        training, _ = self.training, self.eval()
+        with torch.no_grad(), self.machine.autocast():
+            y = function(x.to(self.machine.device))
+        self.train(training)
+        return y.float()
+
+    def encode(self, x):
+        """Data (n, ...) -> codes (n, dim), those that `decode` takes; a VAE's are the posterior means."""
+        return self.infer(self.code, x)
+
+    def decode(self, z):
+        """Codes (n, dim) -> data (n, ...)."""
+        return self.infer(self.G, z)
+
+    def reconstruct(self, x):
+        return self.decode(self.encode(x))
+
+    def generated_codes(self, z):
+        """Draws z (n, dim) from the prior -> the codes that samples are decoded from: g(z), F(z), or z."""
+        return self.infer(self.to_code, z)
+
+    def sample(self, n):
+        """n images (n, C, S, S) in [-1, 1], or points (n, C): G(g(z))."""
+        return self.decode(self.generated_codes(self.prior(n)))
+
+
+class LatentMap(Autoencoder):
+    """The paper's model. Without `normalise` and with omega1 = omega2 = 0 its ablations (Fig. 6)."""
+
+    def networks(self, c):
+        super().networks(c)
+        self.regularised = c.omega1 > 0 or c.omega2 > 0             # without the regulariser nothing asks d
+        self.normalise = nn.BatchNorm1d(c.latent, affine=False) if c.normalise else nn.Identity()   # Eq. (11)
+        if self.regularised:
+            self.d = Critic(c.size, c.channels, c.latent, c.width, "spectral")
+        self.g = mlp(c.latent, c.map_width, c.latent, "batch")
+        if c.normalise:
+            self.g.append(nn.BatchNorm1d(c.latent, affine=False))   # what it is to match has mean 0, variance 1, too
+        self.D = mlp(c.latent, c.map_width, 1, "spectral", slope=.2)
+
+    def groups(self):
+        critic = {"d": [*self.d.parameters()]} if self.regularised else {}
+        return super().groups() | critic | {"D": [*self.D.parameters()], "g": [*self.g.parameters()]}
+
+    def code(self, x):
+        return self.normalise(self.E(x))                            # x -> z -> BN(z) = z^
+
+    def to_code(self, z):
+        return self.g(z).float()
+
+    def mapping(self):
+        """True in the second phase, when the map is trained and the autoencoder rests."""
+        return not self.config.joint and self.iteration >= self.config.map_from
+
+    def update_all(self, x):
+        losses, code = {}, None
+        if not self.mapping():
+            losses, code = self.update_autoencoder(x)
+        if self.config.joint or self.mapping():
+            losses |= self.update_map(self.frozen_code(x) if code is None else code)
+        return losses
+
+    def blend(self, code):
+        """mu (B,) and x_mu, the decoding of each item's code mixed with its partner's."""
+        mu = torch.rand(len(code), 1, device=code.device) / 2       # U[0, .5]
+        return mu.squeeze(1), self.G(interpolate(code, mu))
+
+    def update_autoencoder(self, x):
+        """First phase: d `critic_steps` times by Eq. (9), then E and G by Eq. (10). Returns losses and codes (B, dim)."""
+        c, m, losses = self.config, self.machine, {}
+        with m.autocast():
+            code = self.code(x)
+            x_hat = self.G(code)                                    # made once: E and G rest while d moves
+        for _ in range(c.critic_steps if self.regularised else 0):
+            with m.autocast():
+                with torch.no_grad():
+                    mu, x_mu = self.blend(code)
+                    mixed = c.gamma * x + (1 - c.gamma) * x_hat
+                d_x, d_mix, d_mu = self.d(torch.cat([x, mixed, x_mu])).chunk(3)     # d has no BN: one batch is three
+            losses["d"] = critic_loss(d_x, d_mix, d_mu, mu, c.lam)
+            self.update("d", losses["d"])
+        d_mu = d_hat = torch.zeros_like(code[:, 0])
+        if self.regularised:
+            with m.autocast():
+                _, x_mu = self.blend(code)
+                d_mu, d_hat = self.d(torch.cat([x_mu, x_hat])).chunk(2)
+        losses["ae"] = autoencoder_loss(x, x_hat, d_mu, d_hat, c.omega1, c.omega2, c.recon)
+        losses["rec"] = reconstruction_loss(x, x_hat.detach(), c.recon)
+        self.update("AE", losses["ae"])
+        return losses, code.detach()
+
+    def frozen_code(self, x):
+        """E(x) in the second phase: nothing of the autoencoder moves, its BN's running statistics included."""
+        self.E.eval()
+        self.normalise.eval()
+        with torch.no_grad(), self.machine.autocast():
+            code = self.code(x)
+        self.train()
+        return code
+
+    def update_map(self, code):
+        """Second phase, on codes (B, dim): D `d_steps` times by Eq. (12), then g by Eq. (13)."""
+        c, m, losses = self.config, self.machine, {}
+        for _ in range(c.d_steps):
+            with m.autocast():
+                with torch.no_grad():
+                    fake = self.to_code(self.prior(len(code)))
+                real, fake = self.D(torch.cat([code, fake])).squeeze(1).float().chunk(2)
+            losses["D"] = hinge_loss_d(real, fake)
+            self.update("D", losses["D"])
+        with m.autocast():
+            fake = self.D(self.to_code(self.prior(len(code)))).squeeze(1).float()
+        losses["g"] = hinge_loss_g(fake)
+        self.update("g", losses["g"])
+        return losses
+
+
+class VAE(Autoencoder):
+    """E gives the mean and the log variance of q(z|x)."""
+
+    def networks(self, c):
+        super().networks(c, outputs=2)
+
+    def posterior(self, x):
+        """mu, log sigma^2 of q(z|x), (B, dim) each; the latter kept where its exponential is a number."""
+        mu, log_var = self.E(x).chunk(2, 1)
+        return mu, log_var.clamp(-15, 10)
+
+    def code(self, x):
+        return self.posterior(x)[0]
+
+    def draw(self, mu, log_var):
+        return mu + (log_var / 2).exp() * torch.randn_like(mu)
+
+    def update_all(self, x):
+        with self.machine.autocast():
+            mu, log_var = self.posterior(x)
+            x_hat = self.G(self.draw(mu, log_var))
+        loss = negative_elbo(x, x_hat, mu, log_var, self.config.beta)
+        self.update("AE", loss)
+        return {"elbo": loss, "kl": kl_normal(mu, log_var).mean(), "rec": reconstruction_loss(x, x_hat)}
+
+
+class AAE(Autoencoder):
+    """The code's distribution is matched to the prior by a discriminator between vectors (D8)."""
+
+    def networks(self, c):
+        super().networks(c)
+        self.D = mlp(c.latent, c.map_width, 1, slope=.2)
+
+    def groups(self):
+        return super().groups() | {"D": [*self.D.parameters()], "E": [*self.E.parameters()]}
+
+    def update_all(self, x):
+        m = self.machine
+        with m.autocast():
+            x_hat = self.G(self.E(x))
+        rec = reconstruction_loss(x, x_hat, self.config.recon)
+        self.update("AE", rec)
+        with m.autocast():
+            code = self.E(x)
+            real, fake = self.D(torch.cat([self.prior(len(x)), code.detach()])).squeeze(1).float().chunk(2)
+        loss_d = gan_loss_d(real, fake)
+        self.update("D", loss_d)
+        with m.autocast():
+            fake = self.D(code).squeeze(1).float()
+        loss_e = gan_loss_g(fake)
+        self.update("E", loss_e)
+        return {"rec": rec, "D": loss_d, "E": loss_e}
+
+
+class WAE(Autoencoder):
+    """The code's distribution is matched to the prior by MMD, Eq. (6)."""
+
+    def update_all(self, x):
+        with self.machine.autocast():
+            code = self.E(x)
+            x_hat = self.G(code)
+        penalty = mmd(code, self.prior(len(x)))
+        self.update("AE", squared_error(x, x_hat).mean() + self.config.wae_lam * penalty)
+        return {"rec": reconstruction_loss(x, x_hat), "mmd": penalty}
+
+
+class IntroVAE(VAE):
+    """A VAE whose E tells data from what G makes, by the KL of their codes (D9)."""
+
+    def groups(self):
+        return {"E": [*self.E.parameters()], "G": [*self.G.parameters()]}
+
+    def update_all(self, x):
+        c, m = self.config, self.machine
+        with m.autocast():
+            mu, log_var = self.posterior(x)
+            z = self.draw(mu, log_var)
+            x_rec = self.G(z)
+            with torch.no_grad():
+                z_prior = self.prior(len(x))
+                x_gen = self.G(z_prior)
+            kl_rec, kl_gen = (kl_normal(*self.posterior(made)) for made in (x_rec.detach(), x_gen))     # ng() of Eq. (11)
+        kl_real, error = kl_normal(mu, log_var), squared_error(x, x_rec) / 2
+        loss_e = introvae_loss_e(kl_real, kl_rec, kl_gen, error, c.margin, c.alpha, c.beta)
+        self.update("E", loss_e)
+        with m.autocast():
+            x_rec, x_gen = self.G(z.detach()), self.G(z_prior)      # the same codes, seen by the E that has just moved
+            kl_rec, kl_gen = (kl_normal(*self.posterior(made)) for made in (x_rec, x_gen))
+        loss_g = introvae_loss_g(kl_rec, kl_gen, squared_error(x, x_rec) / 2, c.alpha, c.beta)
+        self.update("G", loss_g)
+        return {"E": loss_e, "G": loss_g, "kl_real": kl_real.mean(), "kl_gen": kl_gen.mean(),
+                "rec": reconstruction_loss(x, x_rec)}
+
+
+class AGE(Autoencoder):
+    """A game of G and E alone: E spreads the codes of samples away from the prior, G brings them back (D9)."""
+
+    def groups(self):
+        return {"E": [*self.E.parameters()], "G": [*self.G.parameters()]}
+
+    def code(self, x):
+        return project(self.E(x)) if self.config.prior == "sphere" else self.E(x)
+
+    def update_all(self, x):
+        c, m = self.config, self.machine
+        with m.autocast():
+            real = self.code(x)
+            x_hat = self.G(real)
+            with torch.no_grad():
+                made = self.G(self.prior(len(x)))
+            fake = self.code(made)
+        loss_e = age_loss_e(real, fake, x, x_hat, c.age_mu)
+        self.update("E", loss_e)
+        with m.autocast():
+            z = self.prior(len(x))
+            fake = self.code(self.G(z))
+        loss_g = age_loss_g(fake, z, c.age_lam)
+        self.update("G", loss_g)
+        return {"E": loss_e, "G": loss_g, "kl_real": kl_fit(real), "kl_fake": kl_fit(fake),
+                "rec": reconstruction_loss(x, x_hat)}
+
+
+class ALAE(Autoencoder):
+    """F: z -> w, G: w -> x, E: x -> w, D: w -> logit; the GAN's discriminator is D(E(x)), its generator G(F(z)) (D9)."""
+
+    def networks(self, c):
+        super().networks(c)
+        self.F = mlp(c.latent, c.map_width, c.latent, "batch")
+        self.D = mlp(c.latent, c.map_width, 1, slope=.2)
+
+    def groups(self):
+        return super().groups() | {"ED": [*self.E.parameters(), *self.D.parameters()],
+                                   "FG": [*self.F.parameters(), *self.G.parameters()]}
+
+    def to_code(self, z):
+        return self.F(z).float()
+
+    def update_all(self, x):
+        c, m, logit = self.config, self.machine, lambda y: self.D(self.E(y)).squeeze(1).float()
+        with m.autocast():
+            with torch.no_grad():
+                made = self.G(self.to_code(self.prior(len(x))))
+            seen = x.detach().requires_grad_()
+            real, fake = logit(seen), logit(made)
+        r1 = r1_penalty(real, seen)
+        loss_d = gan_loss_d(real, fake)
+        self.update("ED", loss_d + c.r1 / 2 * r1)
+        with m.autocast():
+            fake = logit(self.G(self.to_code(self.prior(len(x)))))
+        loss_g = gan_loss_g(fake)
+        self.update("FG", loss_g)
+        with m.autocast():
+            with torch.no_grad():
+                w = self.to_code(self.prior(len(x)))
+            w_hat = self.E(self.G(w))
+        reciprocity = reciprocity_loss(w, w_hat)
+        self.update("AE", reciprocity)
+        return {"D": loss_d, "r1": r1, "G": loss_g, "w": reciprocity}
+
+
+def build(config, machine=None):
+    """The model that `config.model` names."""
+    classes = {"latentmap": LatentMap, "vae": VAE, "aae": AAE, "wae": WAE, "introvae": IntroVAE, "age": AGE, "alae": ALAE}
+    return classes[config.method](config, machine)
+
+
+# ======================================================================================================================
+# Geometry: how a code keeps what the data look like (the paper shows it; these are numbers for it)
+# ======================================================================================================================
+
+
+def average_ranks(v):
+    """(n,) -> ranks 0 .. n - 1, float64; equal values share the mean of theirs."""
+    _, group, count = torch.unique(v, return_inverse=True, return_counts=True)
+    last = count.cumsum(0).double() - 1
+    return (last - (count.double() - 1) / 2)[group]
+
+
+def spearman(a, b):
+    """Rank correlation of two vectors (n,); NaN where one of them is constant."""
+    a, b = (ranks - ranks.mean() for ranks in (average_ranks(a), average_ranks(b)))
+    return ((a * b).sum() / (a.square().sum() * b.square().sum()).sqrt()).item()
+
+
+def pairwise(x):
+    """Distances of all pairs of items (n, ...): (n (n - 1) / 2,)."""
+    return torch.pdist(x.flatten(1).double())
+
+
+def trustworthiness(x, code, k=12):
+    """Venna and Kaski 2001: 1 where the k nearest codes of each item are k of its nearest data, less for each intruder by
+    how far down its rank among the data is. x (n, ...), code (n, dim); ValueError unless k < n / 2."""
+    n = len(x)
+    if not 0 < k < n / 2:
+        raise ValueError(f"{k} neighbours of {n} items: fewer than half are needed")
+    apart, apart_code = (torch.cdist(v.flatten(1).double(), v.flatten(1).double()) for v in (x, code))
+    for distances in (apart, apart_code):
+        distances.fill_diagonal_(-1)                                # an item is its own rank 0, also among duplicates
+    rank = apart.argsort(1).argsort(1)                              # (n, n): j is the rank[i, j]-th nearest of i
+    nearest = apart_code.argsort(1)[:, 1:k + 1]
+    excess = (rank.gather(1, nearest) - k).clamp_min(0).sum().item()
+    return 1 - 2 * excess / (n * k * (2 * n - 3 * k - 1))
+
+
+def nearest_distances(a, b):
+    """Of each point of a (n, 2) the distance to the nearest of b (m, 2): (n,)."""
+    return torch.cat([torch.cdist(part, b).min(1).values for part in a.split(1000)])
+
+
+def chamfer(points, manifold):
+    """Distances of the points (n, 2) to the manifold, (n,), and of the manifold's points (m, 2) to the points, (m,)."""
+    return nearest_distances(points, manifold), nearest_distances(manifold, points)
+
+
+def spiral(n=5000):
+    """data.py's Swiss roll without chance: n points (n, 2) equally spaced in t, from 1.5 pi to 4.5 pi."""
+    t = torch.linspace(1.5 * math.pi, 4.5 * math.pi, n)
+    return torch.stack([t * t.cos(), t * t.sin()], 1) / (4.5 * math.pi)
+
+
+def arc_length(x):
+    """Points (n, 2) of that spiral -> their place along it (n,): its radius is t, and ds = sqrt(1 + t^2) dt, both scaled."""
+    t = x.double().norm(dim=1) * 4.5 * math.pi
+    return (t * (1 + t * t).sqrt() + t.asinh()) / 2 / (4.5 * math.pi)
+
+
+def geometry(x, code, roll=False):
+    """rank_corr: of the distances between data and between codes; trust; of the Swiss roll also rank_corr_arc, with the
+    distances along it. x (n, ...), code (n, dim)."""
+    result = {"rank_corr": spearman(pairwise(x), pairwise(code)), "trust": trustworthiness(x, code)}
+    if roll:
+        result["rank_corr_arc"] = spearman(pairwise(arc_length(x)[:, None]), pairwise(code))
+    return result
+
+
+# ======================================================================================================================
+# Figures
+# ======================================================================================================================
+
+
+def save_grid(path, x, columns=10):
+    """Images (n, C, S, S) in [-1, 1] as one picture, row by row."""
+    torchvision.utils.save_image(x.float().cpu(), path, nrow=columns, normalize=True, value_range=(-1, 1), padding=1)
+
+
+def scatter(points, labels, classes, reach, side=420):
+    """Points (n, 2) as dots coloured by label (n,) -> picture (3, side, side) of [-reach, reach]^2; dots beyond are cut."""
+    hue = torch.arange(classes) * .618 % 1                          # the golden ratio keeps neighbouring labels apart
+    turn = lambda n: (n + 6 * hue) % 6                              # a hue's red, green and blue at n = 5, 3, 1
+    colours = torch.stack([1 - torch.minimum(turn(n), 4 - turn(n)).clamp(0, 1) for n in (5, 3, 1)]) * .85   # (3, classes)
+    at = ((points.cpu().float() + reach) / (2 * reach) * side).long()
+    inside = ((at >= 1) & (at < side - 1)).all(1)
+    (across, up), colour = at[inside].T, colours[:, labels.cpu()[inside]]
+    picture = torch.ones(3, side, side)
+    for right, down in itertools.product((0, 1), repeat=2):         # a dot is 2 x 2 pixels
+        picture[:, side - 1 - up + down, across + right] = colour
+    return picture
+
+
+def save_panels(path, panels):
+    """{title: picture (3, S, S)} side by side, framed and titled."""
+    from PIL import Image, ImageDraw
+
+    wide = torch.cat([F.pad(p, (4, 4, 20, 4), value=.88) for p in panels.values()], 2)
+    picture = Image.fromarray((wide * 255).byte().permute(1, 2, 0).contiguous().numpy())
+    for n, title in enumerate(panels):
+        ImageDraw.Draw(picture).text((8 + n * wide.shape[2] // len(panels), 4), title, fill="black")
+    picture.save(path)
+
+
+def draw_curve(path, curve, title):
+    """[(x, y), ...] as a line plot, y from 0; a PNG, drawn with pillow."""
+    from PIL import Image, ImageDraw
+
+    wide, high, left, base, top = 640, 400, 60, 370, 30
+    x_max, y_max = max(p[0] for p in curve) or 1, max(p[1] for p in curve) or 1
+    place = lambda p: (left + p[0] / x_max * (wide - left - 20), base - p[1] / y_max * (base - top))
+    picture = Image.new("RGB", (wide, high), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.text((left, 8), title, fill="black")
+    for part in (0, .25, .5, .75, 1):
+        (_, y), (x, _) = place((0, part * y_max)), place((part * x_max, 0))
+        draw.line((left, y, wide - 20, y), fill="#dddddd")
+        draw.text((6, y - 6), f"{part * y_max:.4g}", fill="black")
+        draw.text((x - 8, base + 8), f"{part * x_max:.4g}", fill="black")
+    draw.line([place(p) for p in curve], fill="#1f77b4", width=2)
+    picture.save(path)
+
+
+def code_panels(code, made, y, classes):
+    """Figs. 3 and 5: {title: picture} of codes (n, dim) by label and of generated codes (m, dim), on the codes' first two
+    principal components where there are more than two. {} for a one-dimensional code."""
+    code, made = code.cpu().double(), made.cpu().double()
+    if code.shape[1] < 2:
+        return {}
+    if code.shape[1] > 2:
+        axes = torch.linalg.eigh(torch.cov(code.T)).eigenvectors[:, -2:].flip(1)    # (dim, 2)
+        code, made = (code - code.mean(0)) @ axes, (made - code.mean(0)) @ axes
+    reach = 1.2 * max(code.abs().max().item(), 1e-3)
+    y = torch.zeros(len(code), dtype=torch.long) if y is None else y
+    return {"codes of the data": scatter(code, y, max(classes, 1), reach),
+            "codes made from the prior": scatter(made, torch.zeros(len(made), dtype=torch.long), 1, reach)}
+
+
+def figures_points(model, run, step, x, y, classes):
+    """Figs. 4 and 5 of x (n, 2) with labels y (n,): data, reconstructions, samples; prior, codes, generated codes."""
+    z = model.prior(len(x), seed=0)
+    code, made = model.encode(x), model.generated_codes(z)
+    points, recon, reach = model.decode(made).cpu(), model.decode(code).cpu(), 1.2 * x.abs().max().item()
+    nearest = torch.cat([torch.cdist(part, x).argmin(1) for part in points.split(1000)])    # a sample's colour
+    panels = {"data": scatter(x, y, classes, reach), "reconstructions": scatter(recon, y, classes, reach),
+              "samples": scatter(points, y[nearest], classes, reach)}
+    torchvision.utils.save_image(panels["samples"], run.folder / f"samples/{step:06d}.png")
+    torchvision.utils.save_image(panels["reconstructions"], run.folder / f"recon/{step:06d}.png")
+    save_panels(run.folder / f"figures/panels-{step:06d}.png", panels)
+    codes = code_panels(code, made, y, classes)
+    if model.config.latent == 2:
+        codes = {"prior": scatter(z, torch.zeros(len(z), dtype=torch.long), 1, 4)} | codes
+    if codes:
+        save_panels(run.folder / f"figures/codes-{step:06d}.png", codes)
+
+
+def figures_images(model, run, step, x, y, classes):
+    """The pictures of one evaluation of test images x (n, C, S, S) with labels y (n,) or None."""
+    folder, code = run.folder / "figures", torch.cat([model.encode(part) for part in x.split(250)])
+    made = torch.cat([model.generated_codes(part) for part in model.prior(len(x), seed=0).split(250)])
+    save_grid(run.folder / f"samples/{step:06d}.png", model.decode(model.generated_codes(model.prior(100, seed=0))))  # Fig. 7
+    if not (folder / "real.png").exists():
+        save_grid(folder / "real.png", x[:100])
+    pairs = torch.stack([x[:50].cpu(), model.decode(code[:50]).cpu()], dim=1).flatten(0, 1)     # Fig. 8: original, its own, ...
+    save_grid(run.folder / f"recon/{step:06d}.png", pairs)
+    if len(code) >= 20:                                             # Fig. 6: straight lines between the codes of two images
+        ramp = torch.linspace(0, 1, 10, device=code.device)[:, None]
+        lines = (1 - ramp) * code[:10, None] + ramp * code[10:20, None]             # (10, 10, dim)
+        save_grid(folder / f"interpolations-{step:06d}.png", model.decode(lines.flatten(0, 1)))
+    codes = code_panels(code, made, y, classes)
+    if codes:
+        save_panels(folder / f"codes-{step:06d}.png", codes)
+
+
+# ======================================================================================================================
+# Plumbing: device, precision, ranks, checkpoints, log. The same text in ivgen.py, aim.py and latentmap.py (a test holds
+# the three equal); nothing between these two banners knows which paper it serves. Of its file it uses FILE, LOG_EVERY,
+# SAVE_EVERY and score_of.
+# ======================================================================================================================
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class UserError(ValueError):
+    """A mistake the user can put right: ends the run with this one sentence on stderr and exit code 2."""
+
+
+class NotFinite(ArithmeticError):
+    """A loss became NaN or infinite: ends the run with the step and the term named and exit code 3."""
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM arrived and the run was saved: (message, signal number); exit code 128 + signal."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with its complaint as one sentence (exit code 2 comes from `run_cli`)."""
+
+    def error(self, message):
+        raise UserError(f"{message}; see --help")
+
+
+class Machine:
+    """Where and how the arithmetic runs: device, precision, ranks. A model asks four things of it: `autocast`,
+    `gradients`, `apply` and `end_step`. `Machine()` alone is one process on the CPU in float32, which is what a test or
+    a notebook wants.
+
+    device: "cpu", "cuda", "cuda:1", "auto" (CUDA where there is one). amp: "off", "bf16", "fp16", "auto" (bf16 where the
+    device multiplies it natively). Raises UserError for a device that is not there: never a silent run on the CPU.
+    """
+
+    def __init__(self, device="cpu", amp="off", seed=0):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise UserError(f"--device {device}: this machine has no usable CUDA device; use --device cpu")
+        try:
+            self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device)
+            torch.empty(1, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from None
+        cuda = self.device.type == "cuda"
+        if cuda:
+            torch.cuda.set_device(self.device)
+            torch.backends.cudnn.benchmark = True           # fixed shapes: let cuDNN pick its fastest convolution once
+            torch.set_float32_matmul_precision("high")      # tf32 for what stays in float32
+        if self.world > 1 and not dist.is_initialized():
+            # rank 0 evaluates while the others wait, hence the long timeout
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=4))
+        if amp == "auto":
+            native = torch.cuda.is_bf16_supported() if cuda else getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+            amp = "bf16" if native else "off"
+        self.amp, self.dtype = amp, {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
+        self.seed = seed
+        torch.manual_seed(seed)                             # the same on all ranks, so that all build the same weights
+
+    def seed_ranks(self):
+        """Gives every rank its own noise, once the networks (equal on all) are built."""
+        torch.manual_seed(self.seed + 1000 * self.rank)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
+
+    def gradients(self, loss, params, retain=False):
+        """d loss / d params as a list, None where the loss does not reach. Never touches another parameter's .grad, so
+        that what moves is decided here, per network, and not by who called zero_grad when."""
+        return torch.autograd.grad(self.scaler.scale(loss), params, retain_graph=retain, allow_unused=True)
+
+    def apply(self, optimiser, params, grads):
+        """One optimiser step with `grads`, averaged over ranks (the mean loss over the joint batch)."""
+        reached = [(p, g) for p, g in zip(params, grads) if g is not None]
+        if self.world > 1:
+            flat = torch.cat([g.reshape(-1) for _, g in reached])
+            dist.all_reduce(flat)
+            pieces = (flat / self.world).split([g.numel() for _, g in reached])
+            reached = [(p, piece.view_as(g)) for (p, g), piece in zip(reached, pieces)]
+        for p, g in reached:
+            p.grad = g
+        if reached:
+            self.scaler.step(optimiser)
+        optimiser.zero_grad(set_to_none=True)
+
+    def end_step(self):
+        self.scaler.update()
+
+    def agree(self, flag):
+        """True on every rank if `flag` is true on any: ranks must leave the loop at the same step."""
+        if self.world == 1:
+            return flag
+        flag = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag)
+
+    def barrier(self):
+        if self.world > 1:
+            dist.barrier()
+
+    def rng_state(self):
+        """[state of the generators] of every rank, as tensors (a checkpoint holds nothing else)."""
+        mine = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if self.device.type == "cuda" else [])
+        every = [None] * self.world
+        if self.world == 1:
+            return [mine]
+        dist.all_gather_object(every, mine)
+        return every
+
+    def set_rng_state(self, states):
+        if len(states) != self.world or len(states[self.rank]) != len(self.rng_state()[self.rank]):
+            return self.seed_ranks()                        # resumed on other hardware: no bit for bit to keep
+        torch.set_rng_state(states[self.rank][0])
+        for state in states[self.rank][1:]:
+            torch.cuda.set_rng_state(state)
+
+
+class Run:
+    """The folder of one run: config.json, log.jsonl, pictures, last.pt and best.pt, and the status line.
+
+    A new run moves an older one of the same name aside (NAME.1, NAME.2, ...), so nothing is ever overwritten.
+    Raises UserError if the folder cannot be written. On ranks other than 0 it writes nothing.
+    """
+
+    def __init__(self, folder, config, machine, resume=False):
+        self.folder, self.machine, self.main = pathlib.Path(folder), machine, machine.rank == 0
+        self.losses, self.shown, self.signal = [], 0.0, 0
+        if not self.main:
+            return
+        try:
+            if (self.folder / "config.json").exists() and not resume:
+                n = next(n for n in itertools.count(1) if not self.folder.with_name(f"{self.folder.name}.{n}").exists())
+                self.folder.rename(self.folder.with_name(f"{self.folder.name}.{n}"))
+                print(f"an earlier run was here: moved to {self.folder}.{n}", file=sys.stderr)
+            for name in ("samples", "recon", "figures"):
+                (self.folder / name).mkdir(parents=True, exist_ok=True)
+            self.log_file = open(self.folder / "log.jsonl", "a")
+        except OSError as error:
+            raise UserError(f"cannot write to the run folder {self.folder}: {error.strerror}; choose another with --out"
+                            ) from None
+        self.write_json("config.json", config | {"command": " ".join(sys.argv), "device": str(machine.device),
+                                                 "precision": machine.amp, "world": machine.world} | versions())
+
+    def __enter__(self):
+        """From here to the end of the `with`, Ctrl-C and SIGTERM are only noted: the loop saves, then leaves."""
+        self.handlers = {n: signal.signal(n, lambda n, frame: setattr(self, "signal", n)) for n in SIGNALS}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if self.main:
+            self.log_file.close()
+
+    def write_json(self, name, content):
+        (self.folder / name).write_text(json.dumps(content, indent=1) + "\n")
+
+    def forget_after(self, step):
+        """Drops log lines past the checkpoint being resumed (and a line torn by a kill): they are about to be redone."""
+        if not self.main:
+            return
+        kept = []
+        for line in (self.folder / "log.jsonl").read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except ValueError:
+                pass
+        self.log_file.close()
+        (self.folder / "log.jsonl").write_text("".join(kept))
+        self.log_file = open(self.folder / "log.jsonl", "a")
+
+    def add(self, step, losses):
+        """Keeps one step's losses on the device: reading each at once would stall a GPU."""
+        self.losses += [(step, name, value.detach().float()) for name, value in losses.items()]
+
+    def flush(self):
+        """Mean losses since the last flush. Raises NotFinite with the first bad step and term; called before each save,
+        so that a checkpoint never holds weights from after a NaN."""
+        if not self.losses:
+            return {}
+        values, means = torch.stack([value for _, _, value in self.losses]).tolist(), {}
+        for (step, name, _), value in zip(self.losses, values):
+            if not math.isfinite(value):
+                raise NotFinite(f"step {step}: the loss '{name}' is {value}; the last good checkpoint is "
+                                f"{self.folder / 'last.pt'}")
+            means.setdefault(name, []).append(value)
+        self.losses = []
+        return {name: round(sum(v) / len(v), 6) for name, v in means.items()}
+
+    def log(self, step, **values):
+        if self.main:
+            self.log_file.write(json.dumps({"step": step} | values) + "\n")
+            self.log_file.flush()
+
+    def start_clock(self, step):
+        """Called as the loop begins, so that neither the estimate of time left nor images/s counts the preparations."""
+        self.began = self.since = time.time()
+        self.first = self.counted = step
+
+    def rate(self, step, batch):
+        """Images per second, over all ranks, since the last call."""
+        now, images = time.time(), (step - self.counted) * batch * self.machine.world
+        rate, self.since, self.counted = round(images / max(now - self.since, 1e-9), 1), now, step
+        return rate
+
+    def status(self, step, steps, text):
+        """One line rewritten in place on a terminal; elsewhere a line every half minute."""
+        now = time.time()
+        if not self.main or (not sys.stderr.isatty() and now - self.shown < 30 and step < steps):
+            return
+        self.shown = now
+        left = (now - self.began) / max(step - self.first, 1) * (steps - step)
+        line = f"step {step}/{steps}  {text}  {int(left) // 60}:{int(left) % 60:02d} left"
+        print(f"\r\033[K{line}" if sys.stderr.isatty() else line, end="" if sys.stderr.isatty() else "\n",
+              file=sys.stderr, flush=True)
+
+    def say(self, step, metrics):
+        """One line a person reads, at each evaluation."""
+        shown = {k: f"{v:.4g}" for k, v in metrics.items() if isinstance(v, (int, float))}
+        print(("\r\033[K" if sys.stderr.isatty() else "") + f"step {step}: " + "  ".join(f"{k} {v}" for k, v in shown.items()))
+        sys.stdout.flush()
+
+    def interrupted(self, step):
+        """True once Ctrl-C or SIGTERM has arrived; ranks agree on it every 20 steps, to leave at the same one."""
+        return self.machine.agree(self.signal > 0) if self.machine.world == 1 or step % 20 == 0 else False
+
+    def save(self, name, file, model, step, batches, config, best):
+        """Everything that resuming needs, as tensors and plain values; to a temporary name, then renamed."""
+        state = {"file": file, "model": config["model"], "config": config, "step": step, "best": best,
+                 "weights": model.state_dict(), "optimisers": {k: o.state_dict() for k, o in model.optimisers.items()},
+                 "scaler": self.machine.scaler.state_dict(), "batches": batches.state_dict(),
+                 "rng": self.machine.rng_state()}
+        if self.main:
+            torch.save(state, self.folder / f"{name}.tmp")
+            os.replace(self.folder / f"{name}.tmp", self.folder / name)
+
+
+def load_checkpoint(path, file):
+    """The checkpoint in a run's folder (or the .pt itself), as plain data on the CPU. Raises UserError if it is absent,
+    damaged, from another of the paper files, or a pickle that would run code (`weights_only`: refused, not run)."""
+    path = pathlib.Path(path)
+    path = path / "last.pt" if path.is_dir() or path.suffix != ".pt" else path
+    if not path.is_file():
+        raise UserError(f"--resume: there is no checkpoint {path}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(f"--resume: {path} is not a checkpoint of plain tensors and values, so it was refused") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError):
+        raise UserError(f"--resume: {path} is damaged or truncated; an older best.pt may still be whole") from None
+    keys = {"file", "model", "config", "step", "weights", "optimisers", "scaler", "batches", "rng", "best"}
+    if not isinstance(state, dict) or not keys <= set(state):
+        raise UserError(f"--resume: {path} is not a checkpoint of {file}.py")
+    if state["file"] != file:
+        raise UserError(f"--resume: {path} was written by {state['file']}.py, not by {file}.py")
+    return state
+
+
+def restore(state, model, batches, machine):
+    """Puts a checkpoint back. Raises UserError if the networks are not those it was saved from."""
+    try:
+        model.load_state_dict(state["weights"])
+        for name, optimiser in model.optimisers.items():
+            optimiser.load_state_dict(state["optimisers"][name])
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise UserError("--resume: the checkpoint's networks are of another shape than the settings ask for ("
+                        + str(error).strip().splitlines()[-1].strip() + ")") from None
+    machine.scaler.load_state_dict(state["scaler"])
+    if batches is not None:
+        batches.load_state_dict(state["batches"])
+        machine.set_rng_state(state["rng"])
+
+
+FREE = ("root", "steps", "epochs", "amp", "compile", "eval_every", "samples", "inception")  # may change on resuming
+
+
+def shared_flags(parser, models):
+    """The flags that mean the same in all three files. None where not given: the preset, or the resumed run, decides."""
+    for name, kind, text in (
+            ("model", str, ", ".join(models)), ("dataset", str, "a name (python data.py --help) or a folder of pictures"),
+            ("root", str, "where data sets lie or are downloaded to (data)"), ("steps", int, "training steps"),
+            ("epochs", float, "training length where --steps is not given"), ("batch", int, "images per step and rank"),
+            ("size", int, "pixels"), ("width", int, "channels of the first layer"), ("latent", int, "code dimensions"),
+            ("lr", float, "learning rate (networks with rates of their own keep the ratio)"), ("seed", int, "(0)"),
+            ("eval-every", int, "steps between evaluations"), ("samples", int, "generated images per evaluation"),
+            ("inception", str, "weights for fid: a path, or 'auto' to download")):
+        parser.add_argument(f"--{name}", type=kind, metavar="X", help=text)
+    parser.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), help="autocast (auto: bf16 where native)")
+    parser.add_argument("--compile", action="store_true", default=None, help="torch.compile the networks")
+    parser.add_argument("--device", default="auto", metavar="X", help="auto, cpu, cuda, cuda:1")
+    parser.add_argument("--out", metavar="DIR", help="folder of the run (runs/FILE-MODEL-DATASET-sSEED)")
+    parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
+    parser.add_argument("--sample", type=int, metavar="N", help="with --resume: only draw N samples into RUN/drawn")
+    parser.add_argument("--bench", type=int, metavar="N", help="only time N steps; prints JSON")
+
+
+def settings(args, state, preset):
+    """Config from the flags given: over the preset, or over a resumed run's own, of which only FREE may change.
+
+    A rate or weight whose companions have values of their own ("lr": "lr_e", "lr_d") takes them along, in proportion.
+    Raises UserError for a flag that asks for another model than the checkpoint holds.
+    """
+    if state is None:
+        config = preset(args["model"], args["dataset"])
+    else:
+        try:
+            config = type(preset(None, None))(**state["config"])
+        except TypeError:
+            raise UserError("--resume: the checkpoint's settings are of another version of this file") from None
+    given = {f.name: args[f.name] for f in dataclasses.fields(config) if args.get(f.name) is not None}
+    for name, value in given.items():
+        before = getattr(config, name)
+        if state is not None and value != before and name not in FREE:
+            raise UserError(f"--resume: the run has {name} {before}, not {value}; leave --{name.replace('_', '-')} out")
+        setattr(config, name, value)
+        for other in (f"{name}_e", f"{name}_d") if state is None and before else ():
+            if other in vars(config):
+                setattr(config, other, getattr(config, other) * value / before)
+    if "epochs" in given and "steps" not in given:
+        config.steps = 0                                    # a length in epochs replaces a preset length in steps
+    return config
+
+
+def versions():
+    """Python, torch, torchvision and git revision, as config.json and the results keep them."""
+    def ask(*command):
+        try:
+            here = pathlib.Path(__file__).resolve().parent
+            return subprocess.run(["git", *command], cwd=here, capture_output=True, text=True).stdout.strip()
+        except OSError:
+            return ""
+    revision = ask("rev-parse", "--short", "HEAD") + ("+" if ask("status", "--porcelain", "-uno") else "")
+    return {"python": sys.version.split()[0], "torch": torch.__version__, "torchvision": torchvision.__version__,
+            "revision": revision or None, "threads": torch.get_num_threads()}
+
+
+def compile_networks(model):
+    """torch.compile, in place, of each network: state-dict keys stay what they were."""
+    for network in model.children():
+        network.compile()
+
+
+class CountFlops(TorchDispatchMode):
+    """Floating-point operations of the convolutions and matrix products run under it, backwards included."""
+
+    total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        count = flop_registry.get(function._overloadpacket)
+        self.total += count(*args, **(kwargs or {}), out_val=out) if count else 0
+        return out
+
+
+def benchmark(model, x, steps, compiled=False):
+    """images/s, FLOP/s and peak memory of `model.step(x)` over `steps` timed steps after three to warm up."""
+    cuda, seconds = x.device.type == "cuda", 0.0
+    with CountFlops() as counter:                           # before compiling, which hides single operations
+        model.step(x)
+    if compiled:
+        compile_networks(model)
+    for n in range(steps + 3):
+        if n == 3:
+            if cuda:
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+            seconds = time.perf_counter()
+        model.step(x)
+    if cuda:
+        torch.cuda.synchronize()
+    seconds = (time.perf_counter() - seconds) / steps
+    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"images_per_s": round(len(x) / seconds, 1), "ms_per_step": round(seconds * 1e3, 2), "batch": len(x),
+            "gflop_per_step": float(f"{counter.total / 1e9:.4g}"),
+            "tflop_per_s": float(f"{counter.total / seconds / 1e12:.3g}"), "peak_memory_mib": peak >> 20}
+
+
+def loop(config, machine, model, batches, run, start, best, evaluate):
+    """Steps start + 1 .. config.steps: one batch, one `model.step`, and now and then a log line, an evaluation, a save.
+
+    evaluate(step, epoch) -> metrics; the file's `score_of` says by which of them, the less the better, best.pt is kept.
+    """
+    metrics, text = {}, ""
+    run.start_clock(start)
+    if start == 0:
+        run.save("last.pt", FILE, model, 0, batches, dataclasses.asdict(config), best)      # resumable from any kill
+    for step in range(start + 1, config.steps + 1):
+        run.add(step, model.step(next(batches)[0]))
+        leave, last, epoch = run.interrupted(step), step == config.steps, step / batches.steps_per_epoch
+        if step % LOG_EVERY == 0 or last or leave:
+            losses, rate = run.flush(), run.rate(step, config.batch)
+            run.log(step, epoch=round(epoch, 3), img_per_s=rate, **losses)
+            text = "  ".join(f"{k} {v:.3f}" for k, v in losses.items()) + f"  {rate:.0f} img/s"
+        run.status(step, config.steps, text)
+        evaluated = step % config.eval_every == 0 or last
+        if evaluated:
+            run.flush()                                             # a loss that is not finite ends the run here
+            if machine.rank == 0:
+                metrics = evaluate(step, epoch)
+                run.say(step, metrics)
+            machine.barrier()
+            score = score_of(metrics)
+            if machine.agree(score is not None and (best is None or score <= best)):
+                best = score
+                run.save("best.pt", FILE, model, step, batches, dataclasses.asdict(config), best)
+            run.since, run.counted = time.time(), step              # images/s are of training alone
+        if evaluated or step % SAVE_EVERY == 0 or leave:
+            run.flush()
+            run.save("last.pt", FILE, model, step, batches, dataclasses.asdict(config), best)
+        if leave:
+            raise Interrupted(f"stopped at step {step} and saved; continue with --resume {run.folder}", run.signal)
+    return metrics
+
+
+def run_cli(main):
+    """Calls `main()` and turns what can go wrong into a sentence and an exit code: 2 for a user's mistake, 3 for a loss
+    that is not finite. Anything else is a defect of ours and keeps its traceback."""
+    try:
+        return main()
+    except ValueError as error:
+        if type(error).__name__ != "UserError":             # data.py and metrics.py define theirs, each file being whole
+            raise
+        print(f"{pathlib.Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        return 2
+    except NotFinite as error:
+        print(f"\n{pathlib.Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        return 3
+    except Interrupted as error:
+        print(f"\n{pathlib.Path(sys.argv[0]).name}: {error.args[0]}", file=sys.stderr)
+        return 128 + error.args[1]
+    except KeyboardInterrupt:                               # before the loop, when there is nothing to save yet
+        return 128 + signal.SIGINT
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ======================================================================================================================
+# End of the plumbing
+# ======================================================================================================================
+
+
+# ======================================================================================================================
+# Training
+# ======================================================================================================================
+
+
+NEAR = .05                                                          # a ninth of the gap between two turns of the roll
+
+
+class PointMetrics:
+    """What metrics.Evaluator is for images, for points: how far samples and reconstructions lie from the manifold."""
+
+    def __init__(self, test_set, samples):
+        self.test, self.samples, self.roll = test_set, samples, test_set.name == "swissroll"
+        self.manifold = spiral() if self.roll else test_set.x[:5000]
+
+    def __call__(self, model):
+        """gen_dist and rec_dist: mean distance of samples and reconstructions to the manifold; gen_gap: of the manifold to
+        the samples; chamfer: gen_dist + gen_gap; coverage, rec_coverage: share of the manifold with a sample, or
+        reconstruction, within NEAR; mse of the test points."""
+        from metrics import reconstruction_mse
+
+        points = model.decode(model.generated_codes(model.prior(self.samples, seed=1))).cpu()
+        x_hat = model.reconstruct(self.test.x).cpu()
+        there, back = chamfer(points, self.manifold)
+        rec_there, rec_back = chamfer(x_hat, self.manifold)
+        share = lambda distance: (distance <= NEAR).double().mean().item()
+        what = "the roll's curve" if self.roll else "the test points"
+        return {"chamfer": (there.mean() + back.mean()).item(), "gen_dist": there.mean().item(), "gen_gap": back.mean().item(),
+                "coverage": share(back), "rec_dist": rec_there.mean().item(), "rec_coverage": share(rec_back),
+                "mse": reconstruction_mse(self.test.x, x_hat),
+                "protocol": f"distances between {self.samples} samples and {len(self.manifold)} points of {what}, "
+                            f"coverage within {NEAR}; mse, rec: {len(x_hat)} {self.test.split} points, in the data's units"}
+
+
+def code_metrics(model, x, n_geometry=1000):
+    """latent_fd: Frechet distance of generated codes to the codes of x (n, ...); and `geometry` of its first thousand."""
+    from metrics import frechet_distance_features
+
+    code = torch.cat([model.encode(part).cpu() for part in x.split(250)])
+    made = torch.cat([model.generated_codes(part).cpu() for part in model.prior(len(x), seed=2).split(250)])
+    few = min(n_geometry, len(x))
+    result = {"latent_fd": frechet_distance_features(code, made)}
+    if few > 24:                                                    # or else twelve neighbours are half of all
+        result |= geometry(x[:few].cpu(), code[:few], model.config.dataset == "swissroll")
+    return result, f"latent_fd: {len(x)} codes vs {len(x)} generated; rank_corr, trust (k = 12): {few} items"
+
+
+def evaluate(model, evaluator, run, step, epoch, test, classes, config):
+    """Pictures and metrics of one moment; on rank 0, and without disturbing the training's random numbers."""
+    began, device = time.time(), model.machine.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)                                        # evaluations compare models, not draws
+        (figures_images if config.size else figures_points)(model, run, step, *test, classes)
+        metrics = evaluator(model.sample, model.reconstruct) if config.size else evaluator(model)
+        codes, protocol = code_metrics(model, test[0])
+    metrics |= codes | {"protocol": "; ".join(part for part in (metrics["protocol"], protocol) if part)}
+    if config.method == "latentmap" and not config.joint and step <= config.map_from:
+        metrics["phase"] = "autoencoder"                            # g has not been trained: what it makes says nothing
+    metrics["eval_s"] = round(time.time() - began, 1)
+    run.log(step, epoch=round(epoch, 3), **metrics)
+    lines = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
+    for name in ("mse", "chamfer", "fid", "fcd", "latent_fd"):
+        about_g = name != "mse"
+        curve = [(line["epoch"], line[name]) for line in lines if name in line and not (about_g and "phase" in line)]
+        if len(curve) > 1:
+            draw_curve(run.folder / f"figures/{name}.png", curve, f"{name} by epoch, {config.model}, {config.dataset}")
+    return metrics
+
+
+def score_of(metrics):
+    """What best.pt is chosen by, the less the better: chamfer of points, else the first of fid, fcd, kl, mse; None in the
+    first phase, whose samples come from an untrained g (D5)."""
+    if "phase" in metrics:
+        return None
+    return next((metrics[name] for name in ("chamfer", "fid", "fcd", "kl", "mse") if name in metrics), None)
+
+
+def train(config, machine, folder, state=None):
+    """Trains `config` in `folder`, from a checkpoint's `state` if given. Returns the last evaluation's metrics."""
+    from data import Batches, load, ordered
+    from metrics import Evaluator
+
+    train_set, test_set = (load(config.dataset, config.root, config.size or None, split) for split in ("train", "test"))
+    batches = Batches(train_set, config.batch, machine.device, config.size or None, config.seed, machine.rank, machine.world)
+    config.channels, config.steps_per_epoch = train_set.x.shape[1] if config.size == 0 else train_set.channels, \
+        batches.steps_per_epoch
+    config.steps = config.steps or math.ceil(config.epochs * batches.steps_per_epoch)
+    config.eval_every = config.eval_every or max(1, math.ceil(config.steps / 12))
+    # a resumed run keeps its own boundary, however long it is now to be
+    config.map_from = config.map_from or min(max(1, round(config.ae_share * config.steps)), config.steps - 1)
+    config.check()
+    model, start, best = build(config, machine), 0, None
+    run = Run(folder, dataclasses.asdict(config), machine, resume=state is not None)
+    evaluator = None
+    if machine.rank == 0:
+        evaluator = PointMetrics(test_set, config.samples) if config.size == 0 else \
+            Evaluator(train_set, test_set, config.size, machine.device, config.root, config.samples, config.inception or None)
+    shown = 5000 if config.size == 0 else 2000
+    test = next(ordered(test_set, shown, shown, "cpu", config.size or None))
+    machine.seed_ranks()
+    if state is not None:
+        restore(state, model, batches, machine)
+        start, best = state["step"], state["best"]
+        run.forget_after(start)
+    if config.compile:
+        compile_networks(model)
+
+    with run:
+        return loop(config, machine, model, batches, run, start, best, lambda step, epoch: evaluate(
+            model, evaluator, run, step, epoch, test, train_set.classes, config))
+
+
+def draw(config, machine, state, folder, n):
+    """`--sample`: n images as PNGs and a grid of the first hundred, or n points as a table, from a checkpoint alone."""
+    model = build(config, machine)
+    restore(state, model, None, machine)
+    machine.seed_ranks()
+    folder = pathlib.Path(folder) / "drawn"
+    folder.mkdir(parents=True, exist_ok=True)
+    if config.size == 0:
+        points = model.sample(n).cpu()
+        (folder / "points.csv").write_text("".join(",".join(f"{v:.6g}" for v in row) + "\n" for row in points.tolist()))
+        torchvision.utils.save_image(scatter(points, torch.zeros(n, dtype=torch.long), 1, 1.2 * points.abs().max()),
+                                     folder.parent / "drawn.png")
+    else:
+        for start in range(0, n, 250):
+            images = model.sample(min(250, n - start))
+            if start == 0:
+                save_grid(folder.parent / "drawn.png", images[:100])
+            for i, image in enumerate(images, start):
+                torchvision.utils.save_image(image, folder / f"{i:06d}.png", normalize=True, value_range=(-1, 1))
+    print(f"{n} samples of step {state['step']} in {folder}")
+
+
+def main(argv=None):
+    """The command line; returns the exit code."""
+    parser = Parser(prog=f"{FILE}.py", description=__doc__.splitlines()[0])
+    shared_flags(parser, MODELS)
+    parser.add_argument("--joint", action="store_true", default=None, help="autoencoder and map in every step (D5)")
+    parser.add_argument("--recon", choices=("l2", "l1"), help="reconstruction error: Eq. (10)'s, or the author code's (D1)")
+    parser.add_argument("--prior", choices=("gauss", "sphere"), help="of the map, or of the codes (D4)")
+    parser.add_argument("--gamma", type=float, metavar="X", help="share of the data in what d should call lam (.2)")
+    parser.add_argument("--lam", type=float, metavar="X", help="what d should call it (.2)")
+    parser.add_argument("--omega1", type=float, metavar="X", help="weight of ||d(x_mu)||^2 (1)")
+    parser.add_argument("--omega2", type=float, metavar="X", help="weight of ||d(x^)||^2 (1)")
+    args = vars(parser.parse_args(argv))
+    if args["sample"] and not args["resume"]:
+        raise UserError("--sample needs --resume RUN, the run to draw from")
+    state = load_checkpoint(args["resume"], FILE) if args["resume"] else None
+    config = settings(args, state, preset)
+    config.check()
+    machine = Machine(args["device"], config.amp, config.seed)
+    if args["bench"]:
+        config.channels = 2 if config.size == 0 else 1 if config.dataset in GREY else 3
+        config.map_from = args["bench"] + 4                         # all of it in the first phase, the dearer one
+        shape = (config.batch, config.channels) + (config.size, config.size) * (config.size > 0)
+        x = torch.rand(shape, device=machine.device) * 2 - 1
+        print(json.dumps({"model": config.model, "size": config.size, "width": config.width, "device": str(machine.device),
+                          "precision": machine.amp, "compiled": config.compile}
+                         | benchmark(build(config, machine), x, args["bench"], config.compile)))
+        return 0
+    name = pathlib.Path(config.dataset).name
+    folder = args["out"] or args["resume"] or f"runs/{FILE}-{config.model}-{name}-s{config.seed}"
+    if args["sample"]:
+        draw(config, machine, state, folder, args["sample"])
+    else:
+        train(config, machine, folder, state)
+        print(f"run: {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))
