@@ -62,6 +62,7 @@ INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/" + INCEPTION_FILE
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm"}
 REFERENCE = 10_000  # at most so many real test images are the reference of fcd and fid in an Evaluator
+FID_ON_TRAIN = ("mnist", "fashion-mnist")  # whose published fid is against the 60,000 training images
 SEED = 2020  # of everything drawn here; evaluations are comparable because it never changes
 
 
@@ -856,7 +857,8 @@ class Evaluator:
 
     train, test: data.Dataset of images; size: the model's pixels; inception: None (no fid), "auto" or a path of the
     weights; amp: precision of the Inception features. Labelled sets get a classifier, trained once, and with it fcd and
-    its company. The reference is at most 10,000 real test images at `size`; its statistics are cached under `root`.
+    its company. The reference is at most 10,000 real test images at `size` (of fid on MNIST, as IVGAN's Table 2 has it, the
+    training set); its statistics are cached under `root`.
     In a distributed run one rank calls it: nothing here waits for the others.
     """
 
@@ -878,7 +880,10 @@ class Evaluator:
         self.extractors = ([self.classifier] if self.classifier and not test.stacked else []) + inception_features
         # the Inception network takes minutes on a CPU, the classifier a second: only the former shows progress
         self.label = "Inception features" if inception else None
-        real = {e.metric: real_statistics(test, self.count, size, e, root, batch, self.label) for e in self.extractors}
+        self.reference = {e.metric: (test, self.count) for e in self.extractors}
+        if "fid" in self.reference and train.name in FID_ON_TRAIN:
+            self.reference["fid"] = (train, len(train))
+        real = {e.metric: real_statistics(*self.reference[e.metric], size, e, root, batch, self.label) for e in self.extractors}
         self.real = {metric: statistics["moments"] for metric, statistics in real.items()}
         self.fixed = {"classifier_accuracy": self.classifier.accuracy} if self.classifier else {}
         if "fcd" in real:
@@ -912,8 +917,11 @@ class Evaluator:
         labels = []
         got = collect(self._draw(sample, labels), self.extractors, self.samples, {("fcd", "logits")}, self.label)
         result = {metric: self.real[metric].distance(got[metric]["moments"]) for metric in got}
-        counts = f"{self.count} {self.test.split} images vs {self.samples} samples, {self.size}x{self.size}"
-        protocol = [f"{extract.metric}: {extract.name}, {counts}" for extract in self.extractors]
+        protocol = []
+        for extract in self.extractors:
+            real, n = self.reference[extract.metric]
+            protocol.append(f"{extract.metric}: {extract.name}, {n} {real.split} images vs {self.samples} samples, "
+                            f"{self.size}x{self.size}")
         if "fcd" in got:
             probs = got["fcd"]["logits"].double().softmax(1)
             share = torch.bincount(probs.argmax(1), minlength=probs.shape[1]).double() / len(probs)

@@ -1293,6 +1293,19 @@ def test_evaluator_prints_fid_with_the_weights_and_caches_the_real_statistics(se
         metrics.Evaluator(train, test, 8, root=cache, samples=10, inception=inception)
 
 
+def test_fid_on_mnist_is_against_the_training_set_as_published(sets, cache, inception, monkeypatch):
+    """IVGAN's Table 2: 60,000 training images. Only fid, and only there: fcd keeps the test images."""
+    train = dataclasses.replace(sets[0], name="mnist", x=sets[0].x[:14], y=sets[0].y[:14])
+    test = dataclasses.replace(sets[1], name="mnist", x=sets[1].x[:12], y=sets[1].y[:12])
+    asked = []
+    monkeypatch.setattr(metrics, "ClassifierFeatures", lambda *_: types.SimpleNamespace(metric="fcd", name="c", accuracy=1.))
+    monkeypatch.setattr(metrics, "real_statistics", lambda real, n, size, extract, *_: asked.append(
+        (extract.metric, real.split, n)) or {"moments": None, "is": 1.})
+    evaluator = metrics.Evaluator(train, test, 16, root=cache, samples=10, inception=inception)
+    assert asked == [("fcd", "test", 12), ("fid", "train", 14)]
+    assert evaluator.reference["fid"][0] is train and evaluator.reference["fcd"] == (test, 12)
+
+
 # ---------------------------------------------------------------------------------------------------- command line
 
 
