@@ -35,7 +35,7 @@ Where this file departs from the paper, or had to choose (D1...):
       before any network moves. (Most GAN code moves D first and asks the new D for G's loss.)
   D4  The 2-D networks and their training are not printed. Here: those of ALI's 2-D experiment, which the paper repeats (G: four
       layers of 400 with BN and ReLU; D: three maxout layers of 200 with 5 pieces, the first two as D_feature), and for E the
-      two-layer heads of Table 3, 200 wide, without BN. ALI's beta1 .8, batch of 100; ours: alpha 1e-3, 20 epochs, and initial
+      two-layer heads of Table 3, 200 wide, without BN. ALI's beta1 .8, batch of 100; ours: alpha 5e-4, 30 epochs, and initial
       weights with the biases spread over the data and sigma = 1 at first. With the tables' N(0, .02) and zero biases
       (`--std .02`) every kink of D goes through the origin, and finding the modes takes longer.
   D5  Table 3's images lie in [0, 1] (G ends in a sigmoid); everywhere else in these files they lie in [-1, 1]. The
@@ -154,7 +154,7 @@ MODELS = {  # Tables 1 and 2: what each changes of Config
     "alice-adv": dict(joint=True, lam=1., adversarial_cycle=True),
 }
 TABLE3 = dict(size=28, width=64, latent=32, epochs=400)
-POINTS = dict(size=0, width=400, latent=2, epochs=20, lr=1e-3, beta1=.8, std=0., samples=2500, amp="off")      # D4
+POINTS = dict(size=0, width=400, latent=2, epochs=30, lr=5e-4, beta1=.8, std=0., samples=2500, amp="off")      # D4
 DATASETS = {  # what a data set changes of Config, whose own values are Table 4's
     "grid25": POINTS | dict(reach=4.), "ring8": POINTS | dict(reach=2.), "swissroll": POINTS | dict(epochs=400),
     "mnist": TABLE3 | dict(samples=50_000),                         # Sec. 5.1: scores of 50,000 images

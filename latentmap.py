@@ -42,23 +42,24 @@ Where this file departs from the paper, or had to choose (D1...):
       training, codes are made with the running statistics. `latentmap-nobn` leaves it out.
   D4  The prior is the paper's Gaussian; `--prior sphere` (author code) is uniform on the sphere, here of radius sqrt(dim).
   D5  Order. The paper trains the autoencoder first, and then the map, on codes that rest; it does not say for how long.
-      Here `ae_share` of the steps goes to the autoencoder (ours: .8; for points .5). `--joint` is the author code's order.
+      Here `ae_share` of the steps goes to the autoencoder (ours: .8; for points .6). `--joint` is the author code's order.
       best.pt is chosen among evaluations of the second phase.
   D6  "Mimicry's architectures" for G and d: at 64 pixels its SNGAN-64 generator and discriminator (ResNet, 4 x 4 x 1024 at
       the narrow end, xavier's weights with gain sqrt(2) in residuals, 1 elsewhere). d has spectral norm; E has d's shape with
       BN in its place and a mean in place of the sum over positions. d's last layer is free of the norm, which would leave the
-      mean of its outputs too small a range. g and D are MLPs of four layers (author code); their width is ours, and D's last
-      layer, too, is free. 32 pixels: a plain convolutional pair (ours). Points: MLPs of four layers; E, G, d without norms.
-  D7  The Swiss roll: data.py's plane spiral, 5,000 points, 2-D codes; its steps, rates and batch are ours (paper silent).
-      MNIST's epochs (25, CelebA's), CIFAR-10's 32 pixels and CelebA's 128 dimensions (Mimicry's) are ours, too.
+      mean of its outputs too small a range. g and D are MLPs (author code: g of four layers with BN and a last BN, D with
+      spectral norm); D's depth and both widths are ours, and D's last layer, too, is free. 32 pixels: a plain convolutional
+      pair (ours). Points: MLPs of four layers, E, G and d without any norm (ours).
+  D7  The Swiss roll: data.py's plane spiral, 5,000 points, 2-D codes; its steps, rates, weights and batch are ours (paper
+      silent). MNIST's epochs (25, CelebA's), CIFAR-10's 32 pixels and CelebA's 128 dimensions (Mimicry's) are ours, too.
   D8  The baselines share E, G, optimiser and batch. VAE: beta / 2 ||x - x^||^2 summed over the item, plus KL: a Gaussian of
-      variance 1 / beta (images: 1/2, so their sum; points: 1/1000). WAE: the same sum, unhalved, plus `wae_lam` MMD, with
-      the inverse multiquadratic kernels of its authors; 10 on MNIST, 100 on CelebA (theirs). AAE: reconstruction (D1's
-      mean), D and E's adversarial steps have optimisers of their own, in this order.
-  D9  IntroVAE, its Eqs. (11) and (12): margin m, alpha, beta are ours per data set; the hinge is taken item by item. AGE:
-      codes and prior on the sphere of radius sqrt(dim), KL of the batch's fitted diagonal Gaussian divided by dim (so that the
-      weights mu = 10, lambda = 1000 need no change with dim), L1 between images. ALAE: F an MLP like g, D without spectral
-      norm, R1 with gamma = 10, F(z) held still in the reciprocity, which moves E and G.
+      variance 1 / beta (images: 1/2, which makes it the plain sum; points: 1/1000). WAE: the sum plus `wae_lam` MMD, with the
+      inverse multiquadratic kernels of its authors; 10 on MNIST, 100 on CelebA (theirs). AAE: reconstruction (D1's mean), D
+      and E's adversarial steps have optimisers of their own, in this order.
+  D9  IntroVAE, its Eqs. (11) and (12): alpha is its authors', the margin m and beta are ours; the hinge is taken item by
+      item. AGE: codes and prior on the sphere of radius sqrt(dim), KL of the batch's fitted diagonal Gaussian divided by dim
+      (ours: the weights then need no change with dim), L1 between images, squares between codes. ALAE: F an MLP like g, D
+      without spectral norm, R1 with gamma = 10, F(z) held still in the reciprocity, which moves E and G.
 
 Run it.  python latentmap.py                                        the Swiss roll (Figs. 4 and 5), minutes, offline
          python latentmap.py --model vae                            ... and its baselines: vae, aae, alae, wae, introvae, age
@@ -134,8 +135,9 @@ class Config:
     wae_lam: float = 100.           # WAE, CelebA; MNIST: 10 (its authors')
     margin: float = 25.             # IntroVAE: m, ours (D9)
     alpha: float = .25              # IntroVAE: its authors'
-    age_mu: float = 10.             # AGE: reconstruction of images, for E
-    age_lam: float = 1000.          # AGE: reconstruction of codes, for G
+    age_mu: float = 10.             # AGE, its authors': weight of the reconstruction of images, for E
+    age_lam: float = 1000.          # AGE, its authors': of the reconstruction of codes, for G
+    age_steps: int = 3              # AGE, its authors' for CelebA (CIFAR-10: 2): steps of G for one of E
     r1: float = 10.                 # ALAE: gamma of R1
     seed: int = 0
     amp: str = "auto"
@@ -175,14 +177,14 @@ MODELS = {  # Tables 1 and 2, Figs. 4 and 6: what each changes of Config
     "wae": dict(method="wae", normalise=False), "introvae": dict(method="introvae", normalise=False),
     "age": dict(method="age", normalise=False, prior="sphere"), "alae": dict(method="alae", normalise=False),
 }
-POINTS = dict(size=0, width=128, latent=2, batch=500, steps=6000, lr=1e-3, ae_share=.5, map_width=128, samples=5000,
-              amp="off", beta=1000., wae_lam=10., margin=5.)        # ours (D7, D8)
+POINTS = dict(size=0, width=128, latent=2, batch=500, steps=6000, lr=5e-4, ae_share=.6, d_steps=2, map_width=128, samples=5000,
+              omega1=.1, omega2=.1, amp="off", beta=1000., wae_lam=10., margin=5.)      # ours (D7, D8)
 MNIST = dict(size=32, latent=256, wae_lam=10., samples=10_000)      # ablation study: 256 dimensions
 DATASETS = {  # what a data set changes of Config, whose own values are CelebA's
     "swissroll": POINTS, "grid25": POINTS, "ring8": POINTS,
     "mnist": MNIST, "fashion-mnist": MNIST,
     "digits": MNIST | dict(width=16, latent=64, steps=3000, samples=5000),          # ours: minutes on two cores
-    "stacked-digits": MNIST, "stacked-mnist": MNIST, "cifar10": dict(size=32),
+    "stacked-digits": MNIST, "stacked-mnist": MNIST, "cifar10": dict(size=32, age_steps=2),
 }
 POINT_SETS = ("grid25", "ring8", "swissroll")
 LOG_EVERY, SAVE_EVERY = 50, 500                                     # steps
@@ -744,11 +746,12 @@ class AGE(Autoencoder):
             fake = self.code(made)
         loss_e = age_loss_e(real, fake, x, x_hat, c.age_mu)
         self.update("E", loss_e)
-        with m.autocast():
-            z = self.prior(len(x))
-            fake = self.code(self.G(z))
-        loss_g = age_loss_g(fake, z, c.age_lam)
-        self.update("G", loss_g)
+        for _ in range(c.age_steps):
+            with m.autocast():
+                z = self.prior(len(x))
+                fake = self.code(self.G(z))
+            loss_g = age_loss_g(fake, z, c.age_lam)
+            self.update("G", loss_g)
         return {"E": loss_e, "G": loss_g, "kl_real": kl_fit(real), "kl_fake": kl_fit(fake),
                 "rec": reconstruction_loss(x, x_hat)}
 
@@ -810,9 +813,9 @@ def average_ranks(v):
 
 
 def spearman(a, b):
-    """Rank correlation of two vectors (n,); NaN where one of them is constant."""
+    """Rank correlation of two vectors (n,); 0 where one of them is constant."""
     a, b = (ranks - ranks.mean() for ranks in (average_ranks(a), average_ranks(b)))
-    return ((a * b).sum() / (a.square().sum() * b.square().sum()).sqrt()).item()
+    return ((a * b).sum() / (a.square().sum() * b.square().sum()).sqrt().clamp_min(1e-12)).item()
 
 
 def pairwise(x):
