@@ -258,7 +258,7 @@ def preset(model=None, dataset=None):
 
 
 # ======================================================================================================================
-# Shared by both parts: the interventions, the distance they estimate, the verbs of a model, pictures
+# Shared by both parts: the interventions, the distance they estimate, the verbs of a model
 # ======================================================================================================================
 
 
@@ -384,34 +384,6 @@ class Coder(nn.Module):
         if self.E is None:
             raise ValueError(f"{self.config.model} has no encoder")
         return self.infer(self.E, x.to(self.machine.device, memory_format=torch.channels_last))
-
-
-def save_grid(path, x, columns=10):
-    """Images (n, C, S, S) in [-1, 1] as one picture, row by row."""
-    torchvision.utils.save_image(x.float().cpu(), path, nrow=columns, normalize=True, value_range=(-1, 1), padding=1)
-
-
-def draw_curves(path, curves, title):
-    """Figs. 4 and 7: {name: [(x, y), ...]} as line plots over one pair of axes, y from 0; a PNG, drawn with pillow."""
-    from PIL import Image, ImageDraw
-
-    wide, high, left, base, top = 640, 400, 60, 370, 30
-    colours = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#7f7f7f"]
-    points = [p for curve in curves.values() for p in curve]
-    x_max, y_max = max(p[0] for p in points) or 1, max(p[1] for p in points) or 1
-    place = lambda p: (left + p[0] / x_max * (wide - left - 20), base - p[1] / y_max * (base - top))
-    picture = Image.new("RGB", (wide, high), "white")
-    draw = ImageDraw.Draw(picture)
-    draw.text((left, 8), title, fill="black")
-    for part in (0, .25, .5, .75, 1):
-        (_, y), (x, _) = place((0, part * y_max)), place((part * x_max, 0))
-        draw.line((left, y, wide - 20, y), fill="#dddddd")
-        draw.text((6, y - 6), f"{part * y_max:.4g}", fill="black")
-        draw.text((x - 8, base + 8), f"{part * x_max:.4g}", fill="black")
-    for n, (name, curve) in enumerate(curves.items()):
-        draw.line([place(p) for p in curve], fill=colours[n % len(colours)], width=2)
-        draw.text((wide - 150, top + 14 * n), name, fill=colours[n % len(colours)])
-    picture.save(path)
 
 
 # ======================================================================================================================
@@ -977,9 +949,9 @@ def probe(config, machine, state, folder, which, steps=None):
 
 
 # ======================================================================================================================
-# Plumbing: device, precision, ranks, checkpoints, log. The same text in ivgen.py, aim.py and latentmap.py (a test holds
-# the three equal); nothing between these two banners knows which paper it serves. Of its file it uses FILE, LOG_EVERY,
-# SAVE_EVERY and score_of.
+# Plumbing: device, precision, ranks, checkpoints, log, two kinds of picture. The same text in ivgen.py, aim.py and
+# latentmap.py (a test holds the three equal); nothing between these two banners knows which paper it serves. Of its file
+# it uses FILE, LOG_EVERY, SAVE_EVERY and score_of.
 # ======================================================================================================================
 
 
@@ -1358,6 +1330,34 @@ def benchmark(model, x, steps, compiled=False):
     return {"images_per_s": round(len(x) / seconds, 1), "ms_per_step": round(seconds * 1e3, 2), "batch": len(x),
             "gflop_per_step": float(f"{counter.total / 1e9:.4g}"),
             "tflop_per_s": float(f"{counter.total / seconds / 1e12:.3g}"), "peak_memory_mib": peak >> 20}
+
+
+def save_grid(path, x, columns=10):
+    """Images (n, C, S, S) in [-1, 1] as one picture, row by row."""
+    torchvision.utils.save_image(x.float().cpu(), path, nrow=columns, normalize=True, value_range=(-1, 1), padding=1)
+
+
+def draw_curves(path, curves, title):
+    """{name: [(x, y), ...]} as line plots over one pair of axes, y from 0; a PNG, drawn with pillow."""
+    from PIL import Image, ImageDraw
+
+    wide, high, left, base, top = 640, 400, 60, 370, 30
+    colours = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#7f7f7f"]
+    points = [p for curve in curves.values() for p in curve]
+    x_max, y_max = max(p[0] for p in points) or 1, max(p[1] for p in points) or 1
+    place = lambda p: (left + p[0] / x_max * (wide - left - 20), base - p[1] / y_max * (base - top))
+    picture = Image.new("RGB", (wide, high), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.text((left, 8), title, fill="black")
+    for part in (0, .25, .5, .75, 1):
+        (_, y), (x, _) = place((0, part * y_max)), place((part * x_max, 0))
+        draw.line((left, y, wide - 20, y), fill="#dddddd")
+        draw.text((6, y - 6), f"{part * y_max:.4g}", fill="black")
+        draw.text((x - 8, base + 8), f"{part * x_max:.4g}", fill="black")
+    for n, (name, curve) in enumerate(curves.items()):
+        draw.line([place(p) for p in curve], fill=colours[n % len(colours)], width=2)
+        draw.text((wide - 150, top + 14 * n), name, fill=colours[n % len(colours)])
+    picture.save(path)
 
 
 def loop(config, machine, model, batches, run, start, best, evaluate):

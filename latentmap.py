@@ -874,11 +874,6 @@ def geometry(x, code, roll=False):
 # ======================================================================================================================
 
 
-def save_grid(path, x, columns=10):
-    """Images (n, C, S, S) in [-1, 1] as one picture, row by row."""
-    torchvision.utils.save_image(x.float().cpu(), path, nrow=columns, normalize=True, value_range=(-1, 1), padding=1)
-
-
 def scatter(points, labels, classes, reach, side=420):
     """Points (n, 2) as dots coloured by label (n,) -> picture (3, side, side) of [-reach, reach]^2; dots beyond are cut."""
     hue = torch.arange(classes) * .618 % 1                          # the golden ratio keeps neighbouring labels apart
@@ -901,25 +896,6 @@ def save_panels(path, panels):
     picture = Image.fromarray((wide * 255).byte().permute(1, 2, 0).contiguous().numpy())
     for n, title in enumerate(panels):
         ImageDraw.Draw(picture).text((8 + n * wide.shape[2] // len(panels), 4), title, fill="black")
-    picture.save(path)
-
-
-def draw_curve(path, curve, title):
-    """[(x, y), ...] as a line plot, y from 0; a PNG, drawn with pillow."""
-    from PIL import Image, ImageDraw
-
-    wide, high, left, base, top = 640, 400, 60, 370, 30
-    x_max, y_max = max(p[0] for p in curve) or 1, max(p[1] for p in curve) or 1
-    place = lambda p: (left + p[0] / x_max * (wide - left - 20), base - p[1] / y_max * (base - top))
-    picture = Image.new("RGB", (wide, high), "white")
-    draw = ImageDraw.Draw(picture)
-    draw.text((left, 8), title, fill="black")
-    for part in (0, .25, .5, .75, 1):
-        (_, y), (x, _) = place((0, part * y_max)), place((part * x_max, 0))
-        draw.line((left, y, wide - 20, y), fill="#dddddd")
-        draw.text((6, y - 6), f"{part * y_max:.4g}", fill="black")
-        draw.text((x - 8, base + 8), f"{part * x_max:.4g}", fill="black")
-    draw.line([place(p) for p in curve], fill="#1f77b4", width=2)
     picture.save(path)
 
 
@@ -975,9 +951,9 @@ def figures_images(model, run, step, x, y, classes):
 
 
 # ======================================================================================================================
-# Plumbing: device, precision, ranks, checkpoints, log. The same text in ivgen.py, aim.py and latentmap.py (a test holds
-# the three equal); nothing between these two banners knows which paper it serves. Of its file it uses FILE, LOG_EVERY,
-# SAVE_EVERY and score_of.
+# Plumbing: device, precision, ranks, checkpoints, log, two kinds of picture. The same text in ivgen.py, aim.py and
+# latentmap.py (a test holds the three equal); nothing between these two banners knows which paper it serves. Of its file
+# it uses FILE, LOG_EVERY, SAVE_EVERY and score_of.
 # ======================================================================================================================
 
 
@@ -1358,6 +1334,34 @@ def benchmark(model, x, steps, compiled=False):
             "tflop_per_s": float(f"{counter.total / seconds / 1e12:.3g}"), "peak_memory_mib": peak >> 20}
 
 
+def save_grid(path, x, columns=10):
+    """Images (n, C, S, S) in [-1, 1] as one picture, row by row."""
+    torchvision.utils.save_image(x.float().cpu(), path, nrow=columns, normalize=True, value_range=(-1, 1), padding=1)
+
+
+def draw_curves(path, curves, title):
+    """{name: [(x, y), ...]} as line plots over one pair of axes, y from 0; a PNG, drawn with pillow."""
+    from PIL import Image, ImageDraw
+
+    wide, high, left, base, top = 640, 400, 60, 370, 30
+    colours = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#7f7f7f"]
+    points = [p for curve in curves.values() for p in curve]
+    x_max, y_max = max(p[0] for p in points) or 1, max(p[1] for p in points) or 1
+    place = lambda p: (left + p[0] / x_max * (wide - left - 20), base - p[1] / y_max * (base - top))
+    picture = Image.new("RGB", (wide, high), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.text((left, 8), title, fill="black")
+    for part in (0, .25, .5, .75, 1):
+        (_, y), (x, _) = place((0, part * y_max)), place((part * x_max, 0))
+        draw.line((left, y, wide - 20, y), fill="#dddddd")
+        draw.text((6, y - 6), f"{part * y_max:.4g}", fill="black")
+        draw.text((x - 8, base + 8), f"{part * x_max:.4g}", fill="black")
+    for n, (name, curve) in enumerate(curves.items()):
+        draw.line([place(p) for p in curve], fill=colours[n % len(colours)], width=2)
+        draw.text((wide - 150, top + 14 * n), name, fill=colours[n % len(colours)])
+    picture.save(path)
+
+
 def loop(config, machine, model, batches, run, start, best, evaluate):
     """Steps start + 1 .. config.steps: one batch, one `model.step`, and now and then a log line, an evaluation, a save.
 
@@ -1488,7 +1492,7 @@ def evaluate(model, evaluator, run, step, epoch, test, classes, config):
         about_g = name != "mse"
         curve = [(line["epoch"], line[name]) for line in lines if name in line and not (about_g and "phase" in line)]
         if len(curve) > 1:
-            draw_curve(run.folder / f"figures/{name}.png", curve, f"{name} by epoch, {config.model}, {config.dataset}")
+            draw_curves(run.folder / f"figures/{name}.png", {config.model: curve}, f"{name} by epoch, {config.dataset}")
     return metrics
 
 

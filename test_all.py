@@ -10,6 +10,7 @@ import dataclasses
 import datetime
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -35,6 +36,7 @@ sys.path.insert(0, str(HERE))
 import aim  # noqa: E402
 import data  # noqa: E402
 import ivgen  # noqa: E402
+import latentmap  # noqa: E402
 import metrics  # noqa: E402
 from data import Batches, Dataset, UserError, load, ordered, to_float, to_uint8  # noqa: E402
 
@@ -2782,6 +2784,784 @@ def test_bad_aim_checkpoints_end_in_one_sentence(tmp_path, capsys):
     ends("damaged or truncated", whole[:len(whole) // 2])
     ends("not a checkpoint of aim.py", {"weights": {}})
     ends("written by ivgen.py", state | {"file": "ivgen"})
+    ends("another shape", state | {"config": state["config"] | {"width": 16}})
+
+
+# ======================================================================================================================
+# latentmap.py: without prior distribution matching (uses cli, weights, moved and the fixture `pictures` of the parts above)
+# ======================================================================================================================
+
+
+LATENT_MODELS = list(latentmap.MODELS)
+
+
+def lm_small(model="latentmap", dataset="swissroll", **changes):
+    """A small model of `model`'s kind in float32 on the CPU, in its first phase, and a batch of data for it."""
+    base = latentmap.preset(model, dataset)
+    config = dataclasses.replace(base, width=8 if base.size == 0 else 4, latent=2 if base.size == 0 else 5, batch=12,
+                                 channels=3 if base.size else 2, map_width=16, map_from=10 ** 9)
+    config = dataclasses.replace(config, **changes)
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.rand((12, config.channels) + (config.size, config.size) * (config.size > 0), generator=generator) * 2 - 1
+    return latentmap.build(config), x
+
+
+def lm_losses(net, x, only=None, seed=7):
+    """{optimiser: the loss it was asked to lower} of one step on fixed noise, in which only `only` moves."""
+    seen, update = {}, type(net).update
+
+    def watch(name, loss):
+        seen[name] = loss.item()
+        if name == only:
+            update(net, name, loss)
+
+    net.update = watch
+    torch.manual_seed(seed)
+    out = net.step(x)
+    del net.update
+    return seen | {f"out {k}": v.item() for k, v in out.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------- losses
+
+
+def lm_vectors(*shape, seed=0, n=1):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(*shape, generator=generator) for _ in range(n)]
+
+
+def test_eq_9_and_10_are_written_out():
+    d_x, d_mix, d_mu = lm_vectors(6, n=3)
+    mu = torch.rand(6, generator=torch.Generator().manual_seed(3)) / 2
+    rows = zip(*(v.tolist() for v in (d_x, d_mix, d_mu, mu)))
+    naive = sum(a ** 2 + (b - .3) ** 2 + (c - m - .3) ** 2 for a, b, c, m in rows) / 6
+    assert latentmap.critic_loss(d_x, d_mix, d_mu, mu, .3).item() == pytest.approx(naive, rel=1e-5)
+    assert latentmap.critic_loss(torch.zeros(6), torch.full((6,), .3), mu + .3, mu, .3) < 1e-12    # its minimum
+
+    x, x_hat = lm_vectors(6, 3, 4, 4, n=2)
+    for recon, distance in (("l2", lambda a: a * a), ("l1", abs)):
+        naive = sum(distance(a - b) for a, b in zip(x.flatten().tolist(), x_hat.flatten().tolist())) / x.numel()
+        naive += sum(.7 * a ** 2 + 1.3 * b ** 2 for a, b in zip(d_mu.tolist(), d_mix.tolist())) / 6
+        assert latentmap.autoencoder_loss(x, x_hat, d_mu, d_mix, .7, 1.3, recon).item() == pytest.approx(naive, rel=1e-5)
+
+
+def test_eq_12_and_13_are_the_hinge():
+    real, fake = torch.tensor([2., .5, -1.]), torch.tensor([-3., 0., .5])
+    assert latentmap.hinge_loss_d(real, fake).item() == pytest.approx((0 + .5 + 2) / 3 + (0 + 1 + 1.5) / 3)
+    assert latentmap.hinge_loss_g(fake).item() == pytest.approx(2.5 / 3)
+
+
+def test_x_mu_lies_nearer_to_the_item_itself():
+    code, = lm_vectors(5, 3)
+    mu = torch.tensor([[0.], [.1], [.25], [.4], [.5]])
+    got = latentmap.interpolate(code, mu)
+    for i in range(5):                                              # mu weights x_1, the partner in the reversed batch
+        torch.testing.assert_close(got[i], mu[i] * code[4 - i] + (1 - mu[i]) * code[i])
+    assert torch.equal(got[0], code[0])
+
+    net, x = lm_small()
+    seen = []
+    net.G = torch.nn.Identity()
+    torch.manual_seed(0)
+    for _ in range(200):
+        mu, x_mu = net.blend(x)
+        seen.append(mu)
+        torch.testing.assert_close(x_mu, mu[:, None] * x.flip(0) + (1 - mu[:, None]) * x)
+    seen = torch.stack(seen)
+    assert mu.shape == (12,) and 0 <= seen.min() < .01 and .49 < seen.max() <= .5 and abs(seen.mean() - .25) < .02
+    assert seen.std(1).min() > 0                                    # one for each item, not one for the batch
+
+
+def test_d_is_asked_about_data_blends_and_interpolations():
+    """What Eq. (9) shows d, and its targets: gamma is the share of the data."""
+    net, x = lm_small(gamma=.25, lam=.4, critic_steps=1, omega1=1., omega2=1.)
+    seen = []
+    forward = net.d.forward
+    net.d.forward = lambda y: seen.append(y.detach()) or forward(y)
+    losses = lm_losses(net, x)
+    with torch.no_grad():
+        code = F.batch_norm(net.E(x), None, None, training=True)
+        x_hat = net.G(code)
+        torch.manual_seed(7)
+        mu = torch.rand(12, 1) / 2
+        x_mu = net.G(mu * code.flip(0) + (1 - mu) * code)
+        torch.testing.assert_close(seen[0], torch.cat([x, .25 * x + .75 * x_hat, x_mu]))
+        mu_e = torch.rand(12, 1) / 2
+        torch.testing.assert_close(seen[1], torch.cat([net.G(mu_e * code.flip(0) + (1 - mu_e) * code), x_hat]))
+        a, b, c = forward(seen[0]).chunk(3)
+        d_mu, d_hat = forward(seen[1]).chunk(2)
+    expected = (a ** 2).mean() + ((b - .4) ** 2).mean() + ((c - mu[:, 0] - .4) ** 2).mean()
+    assert losses["d"] == pytest.approx(expected.item(), rel=.05)  # the spectral norm's estimate goes on with each forward
+    assert losses["AE"] == pytest.approx((F.mse_loss(x_hat, x) + (d_mu ** 2).mean() + (d_hat ** 2).mean()).item(), rel=.05)
+
+
+def test_kl_and_elbo_are_those_of_torch_distributions():
+    mu, log_var = lm_vectors(7, 4, n=2)
+    q = torch.distributions.Normal(mu, (log_var / 2).exp())
+    kl = torch.distributions.kl_divergence(q, torch.distributions.Normal(0., 1.)).sum(1)
+    torch.testing.assert_close(latentmap.kl_normal(mu, log_var), kl)
+    x, x_hat = lm_vectors(7, 3, 2, 2, seed=1, n=2)
+    log_p = torch.distributions.Normal(x_hat, 5 ** -.5).log_prob(x).flatten(1).sum(1)      # variance 1 / beta
+    constant = 12 / 2 * math.log(2 * math.pi / 5)
+    torch.testing.assert_close(latentmap.negative_elbo(x, x_hat, mu, log_var, 5.), (kl - log_p).mean() - constant)
+
+
+def test_proposition_2_by_example():
+    """q(z|x) = N(x, s^2), x in [0, 1], decoder N(z, s^2): as s falls, reconstruction gains and KL loses the same log(1/s)."""
+    x = torch.linspace(0, 1, 11)[:, None].double()
+    kl, likelihood = [], []
+    for s in (1., .1, .01, .001):
+        kl.append(latentmap.kl_normal(x, torch.full_like(x, 2 * math.log(s))).max().item())
+        grid = torch.linspace(-8, 8, 4001).double()                 # E log N(x; z, s^2) over z ~ N(x, s^2), integrated
+        log_p = -grid.square() / 2 - math.log(s * math.sqrt(2 * math.pi))
+        likelihood.append(((-grid.square() / 2).exp() / math.sqrt(2 * math.pi) * log_p).sum().item() * 16 / 4000)
+        assert kl[-1] == pytest.approx((1 + s * s - 1) / 2 - math.log(s))                   # the supremum is at x = 1
+    steps = math.log(10)
+    assert all(b - a == pytest.approx(steps, rel=1e-6) for a, b in itertools.pairwise(likelihood))
+    assert [b - a for a, b in itertools.pairwise(kl)] == pytest.approx([steps] * 3, rel=.25) and kl[-1] > 6.9
+
+
+def test_mmd_is_a_double_loop_and_unbiased():
+    a, b = lm_vectors(6, 3, n=2)
+    b = b * 2 + 1
+
+    def kernel(u, v):
+        distance = sum((p - q) ** 2 for p, q in zip(u.tolist(), v.tolist()))
+        return sum(c / (c + distance) for c in (2 * 3 * s for s in (.1, .2, .5, 1, 2, 5, 10)))
+
+    naive = sum(kernel(u[i], u[j]) for u in (a, b) for i in range(6) for j in range(6) if i != j) / 30
+    naive -= 2 * sum(kernel(p, q) for p in a for q in b) / 36
+    assert latentmap.mmd(a, b).item() == pytest.approx(naive, rel=1e-4)
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.stack([latentmap.mmd(*torch.randn(2, 10, 3, generator=generator)) for _ in range(2000)])
+    error = draws.std() / 2000 ** .5
+    assert abs(draws.mean()) < 4 * error and error < .02 and draws.min() < 0
+    assert latentmap.mmd(torch.randn(200, 3, generator=generator), 2 + torch.randn(200, 3, generator=generator)) > .5
+
+
+def test_introvae_losses_are_eq_11_and_12():
+    kl_real, kl_rec, kl_gen, error = (v.abs() for v in lm_vectors(5, n=4))
+    m, alpha, beta = .8, .3, .6
+    rows = list(zip(*(v.tolist() for v in (kl_real, kl_rec, kl_gen, error))))
+    naive_e = sum(a + alpha * (max(0, m - r) + max(0, m - g)) + beta * e for a, r, g, e in rows) / 5
+    naive_g = sum(alpha * (r + g) + beta * e for _, r, g, e in rows) / 5
+    assert latentmap.introvae_loss_e(kl_real, kl_rec, kl_gen, error, m, alpha, beta).item() == pytest.approx(naive_e, rel=1e-5)
+    assert latentmap.introvae_loss_g(kl_rec, kl_gen, error, alpha, beta).item() == pytest.approx(naive_g, rel=1e-5)
+
+
+def test_age_losses_are_a_fitted_gaussians():
+    real, fake = lm_vectors(50, 3, n=2)
+    fake = fake * torch.tensor([.5, 1., 2.]) + 1
+    x, x_hat = lm_vectors(50, 2, seed=2, n=2)
+
+    def delta(code):
+        q = torch.distributions.Normal(code.mean(0), code.std(0, unbiased=False))
+        return torch.distributions.kl_divergence(q, torch.distributions.Normal(0., 1.)).mean()
+
+    torch.testing.assert_close(latentmap.kl_fit(fake), delta(fake))
+    torch.testing.assert_close(latentmap.age_loss_e(real, fake, x, x_hat, 3.), delta(real) - delta(fake)
+                               + 3 * (x - x_hat).abs().mean())
+    torch.testing.assert_close(latentmap.age_loss_g(fake, real, 5.), delta(fake) + 5 * (fake - real).square().mean())
+    unit = latentmap.project(real) / 3 ** .5, latentmap.project(fake) / 3 ** .5             # D9: lambda is the unit sphere's
+    torch.testing.assert_close((latentmap.project(real) - latentmap.project(fake)).square().mean(),
+                               (unit[0] - unit[1]).square().sum(1).mean())
+    assert latentmap.kl_fit(torch.zeros(4, 2)).isfinite()
+
+
+def test_gan_losses_and_reciprocity():
+    real, fake = lm_vectors(9, n=2)
+    cross = F.binary_cross_entropy_with_logits
+    torch.testing.assert_close(latentmap.gan_loss_d(real, fake), cross(real, torch.ones(9)) + cross(fake, torch.zeros(9)))
+    torch.testing.assert_close(latentmap.gan_loss_g(fake), cross(fake, torch.ones(9)))
+    w, w_hat = lm_vectors(4, 3, n=2)
+    assert latentmap.reciprocity_loss(w, w_hat).item() == pytest.approx(sum(
+        (a - b) ** 2 for a, b in zip(w.flatten().tolist(), w_hat.flatten().tolist())) / 12, rel=1e-5)
+
+
+def test_r1_of_a_quadratic_and_that_it_can_be_lowered():
+    x, = lm_vectors(8, 3)
+    x.requires_grad_()
+    a = torch.tensor([[2., .5, 0.], [.5, 1., 0.], [0., 0., 3.]], requires_grad=True)
+    penalty = latentmap.r1_penalty((x @ a * x).sum(1) / 2, x)       # the gradient of x'Ax / 2 is Ax
+    torch.testing.assert_close(penalty, (x @ a).square().sum(1).mean())
+    gradient, = torch.autograd.grad(penalty, a)
+    torch.testing.assert_close((gradient + gradient.T) / 2, (lambda m: (m + m.T) / 2)(2 * (x.T @ x @ a) / 8), rtol=1e-4,
+                               atol=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------------- geometry
+
+
+def test_spearman_on_constructed_cases():
+    v = torch.tensor([.3, -1., 2., 8., 5.])
+    assert latentmap.spearman(v, v.exp()) == pytest.approx(1) and latentmap.spearman(v, -v ** 3) == pytest.approx(-1)
+    other = torch.tensor([1., 0., 3., 2., 4.])                      # ranks 1 0 2 4 3 against 1 0 3 2 4: sum d^2 = 6
+    assert latentmap.spearman(v, other) == pytest.approx(1 - 6 * 6 / (5 * 24))
+    assert latentmap.average_ranks(torch.tensor([5., 1., 5., 0., 5.])).tolist() == [3, 1, 3, 0, 3]
+    assert latentmap.spearman(v, torch.ones(5)) == 0
+    generator = torch.Generator().manual_seed(0)
+    assert abs(latentmap.spearman(torch.randn(5000, generator=generator), torch.randn(5000, generator=generator))) < .05
+
+
+def test_trustworthiness_is_the_double_loop():
+    x, = lm_vectors(30, 4)
+    code, = lm_vectors(30, 2, seed=1)
+
+    def order(points, i):                                           # the others, nearest first
+        return sorted((j for j in range(30) if j != i), key=lambda j: (points[i] - points[j]).norm().item())
+
+    for k in (1, 5, 12):
+        penalty = sum(order(x, i).index(j) + 1 - k for i in range(30) for j in order(code, i)[:k]
+                      if j not in order(x, i)[:k])
+        assert latentmap.trustworthiness(x, code, k) == pytest.approx(1 - 2 * penalty / (30 * k * (60 - 3 * k - 1)))
+    assert latentmap.trustworthiness(x, 3 * x + 1) == 1
+    assert latentmap.trustworthiness(x.view(30, 1, 2, 2), x) == 1
+    line = torch.tensor([[0.], [1.], [1.9], [3.]])
+    folded = torch.tensor([[0.], [5.], [5.2], [.1]])                # k = 1: 0 and 3 become neighbours, both of rank 3
+    assert latentmap.trustworthiness(line, folded, 1) == pytest.approx(1 - 2 * (2 + 2) / (4 * 1 * (8 - 3 - 1)))
+    with pytest.raises(ValueError, match="fewer than half"):
+        latentmap.trustworthiness(x, code, 15)
+
+
+def test_chamfer_and_what_lies_on_the_roll():
+    points, manifold = torch.tensor([[0., 0.], [0., 1.], [3., 0.]]), torch.tensor([[0., 0.], [4., 0.]])
+    assert [distances.tolist() for distances in latentmap.chamfer(points, manifold)] == [[0, 1, 1], [0, 1]]
+    roll = data.load("swissroll", split="test")
+    assert latentmap.chamfer(roll.x, latentmap.spiral())[0].max() < 2e-3
+    curve = latentmap.spiral(20_000)
+    along = (curve[1:] - curve[:-1]).norm(dim=1).cumsum(0)          # the polyline's own length
+    arc = latentmap.arc_length(curve)
+    torch.testing.assert_close((arc[1:] - arc[0]).float(), along, rtol=1e-3, atol=1e-4)
+
+
+def test_geometry_sees_the_roll_unrolled():
+    curve = latentmap.spiral(300)
+    arc = latentmap.arc_length(curve)[:, None].float()
+    unrolled, flat = latentmap.geometry(curve, arc, roll=True), latentmap.geometry(curve, curve)
+    assert unrolled["rank_corr_arc"] > .999 and unrolled["rank_corr"] < .9 and unrolled["trust"] > .99
+    assert flat["rank_corr"] > .9999 and "rank_corr_arc" not in flat
+
+
+def test_latentmaps_point_metrics():
+    """The roll as its own reconstruction and sample is near perfect; moved away it is not; half of it covers half."""
+    test = data.load("swissroll", split="test")
+    net, _ = lm_small()
+    net.reconstruct, net.decode = lambda x: x, lambda z: test.x[:len(z)]
+    m = latentmap.PointMetrics(test, 5000)(net)
+    assert m["chamfer"] < .003 and m["coverage"] == m["rec_coverage"] == 1 and m["mse"] == 0 and m["rec_dist"] < .001
+    assert "5000 samples" in m["protocol"] and m["chamfer"] == pytest.approx(m["gen_dist"] + m["gen_gap"])
+    inner = test.x[test.y < 5]
+    net.reconstruct, net.decode = lambda x: x + 2, lambda z: inner[torch.arange(len(z)) % len(inner)]
+    m = latentmap.PointMetrics(test, 5000)(net)
+    assert m["gen_dist"] < .001 < .1 < m["gen_gap"] and .5 < m["coverage"] < .56 and m["mse"] == pytest.approx(4, abs=1e-4)
+    assert m["rec_dist"] > 1 and m["rec_coverage"] < .1
+
+
+def test_code_metrics_compare_generated_codes_with_the_datas():
+    net, _ = lm_small()
+    x = lm_vectors(600, 2)[0]
+    net.encode, net.prior, net.generated_codes = lambda x: x, lambda n, seed: x[:n], lambda z: z
+    metrics, protocol = latentmap.code_metrics(net, x, 50)
+    assert metrics["latent_fd"] == 0 and metrics["rank_corr"] == pytest.approx(1) and metrics["trust"] == 1
+    assert "600 codes" in protocol and "50 items" in protocol and "rank_corr_arc" in metrics
+    net.generated_codes = lambda z: z + 3
+    assert latentmap.code_metrics(net, x, 50)[0]["latent_fd"] == pytest.approx(18, rel=1e-4)       # 3^2 in both coordinates
+    assert set(latentmap.code_metrics(net, x[:20], 50)[0]) == {"latent_fd"}
+
+
+# ---------------------------------------------------------------------------------------------------------- networks
+
+
+@pytest.mark.parametrize("dataset", ["swissroll", "mnist", "celeba"])
+@pytest.mark.parametrize("model", LATENT_MODELS)
+def test_every_latentmap_model_steps_and_answers_its_verbs(model, dataset):
+    net, x = lm_small(model, dataset, map_from=2)
+    for _ in range(3):                                              # of LatentMap the third is in the second phase
+        assert all(v.isfinite() and v.dim() == 0 for v in net.step(x).values())
+    assert net.iteration == 3 and net.get_extra_state() == 3
+    d = net.config.latent
+    assert net.encode(x).shape == (12, d) and net.decode(torch.zeros(4, d)).shape == (4, *x.shape[1:])
+    assert net.sample(5).shape == x[:5].shape and net.reconstruct(x).shape == x.shape
+    assert net.generated_codes(net.prior(6)).shape == (6, d)
+    if dataset != "swissroll":
+        assert net.sample(5).abs().max() <= 1
+
+
+def test_64_pixel_networks_are_mimicrys():
+    g = latentmap.Decoder(64, 128, 3, 64)
+    assert g[0].weight.shape == (4 * 4 * 1024, 128) and g[1].unflattened_size == (1024, 4, 4)
+    blocks = [m for m in g if isinstance(m, latentmap.Up)]
+    assert [b.conv1.weight.shape[:2] for b in blocks] == [(512, 1024), (256, 512), (128, 256), (64, 128)]
+    d = latentmap.Critic(64, 3, 128, 64, "spectral")
+    blocks = [m for m in d if isinstance(m, latentmap.Down)]
+    assert [b.shortcut[1].weight.shape[:2] for b in blocks] == [(64, 3), (128, 64), (256, 128), (512, 256), (1024, 512)]
+    assert isinstance(d[0].residual[0], torch.nn.Conv2d)            # the first has no ReLU before
+    assert isinstance(d[1].residual[1], torch.nn.ReLU)
+    assert d[-1].weight.shape == (128, 1024)
+    h, = lm_vectors(2, 3, 2, 2)
+    torch.testing.assert_close(d[-2](h), h.clamp_min(0).sum((2, 3)))        # d sums over positions, E takes the mean
+    torch.testing.assert_close(latentmap.Encoder(64, 3, 7, 2, "batch")[-2](h), h.clamp_min(0).mean((2, 3)))
+    bound = math.sqrt(2) * math.sqrt(6 / (512 * 9 + 1024 * 9))      # xavier, gain sqrt(2), of 1024 -> 512, 3 x 3
+    weight = g[2].conv1.weight
+    assert weight.abs().max() <= bound and weight.abs().max() > .99 * bound
+    for size, hidden in ((64, [(8, 32), (16, 16), (32, 8), (64, 4), (128, 2)]), (32, [(8, 16), (16, 8), (32, 4)])):
+        e, x = latentmap.Encoder(size, 3, 7, 8, "batch"), torch.randn(2, 3, size, size)
+        shapes = []
+        for layer in e:
+            x = layer(x)
+            if isinstance(layer, (latentmap.Down, torch.nn.LeakyReLU)):
+                shapes.append((x.shape[1], x.shape[2]))
+        assert shapes == hidden and x.shape == (2, 7)
+
+
+def test_up_enlarges_after_its_shortcut_as_if_before():
+    block, (x,) = latentmap.Up(6, 4).eval(), lm_vectors(2, 6, 5, 5)
+    up = lambda h: F.interpolate(h, scale_factor=2, mode="bilinear", align_corners=False)
+    residual = block.conv2(F.relu(block.second(block.conv1(up(F.relu(block.first(x)))))))
+    torch.testing.assert_close(block(x), residual + block.shortcut(up(x)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dataset", ["swissroll", "mnist", "celeba"])
+def test_d_has_spectral_norm_and_e_has_bn(dataset):
+    net, x = lm_small("latentmap", dataset)
+    for network in (net.d, net.D) if dataset != "swissroll" else (net.D,):
+        layers = [m for m in network.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
+        assert [torch.nn.utils.parametrize.is_parametrized(m) for m in layers] == [True] * (len(layers) - 1) + [False]
+        assert not any(isinstance(m, (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d)) for m in network.modules())
+    for _ in range(30):
+        net.D(torch.randn(2, net.config.latent))
+    largest = torch.linalg.matrix_norm(net.D[0].weight, 2).item()
+    assert largest == pytest.approx(1, abs=.02)
+    assert not any(torch.nn.utils.parametrize.is_parametrized(m) for m in [*net.E.modules(), *net.G.modules()])
+    assert any(isinstance(m, torch.nn.BatchNorm2d) for m in net.E.modules()) == (dataset != "swissroll")
+    torch.testing.assert_close(net.d(x), super(latentmap.Critic, net.d).forward(x).mean(1), rtol=.1, atol=.02)
+    assert net.d(x).shape == (12,)
+
+
+def test_g_has_four_layers_and_a_last_bn():
+    net, _ = lm_small()
+    assert [sum(isinstance(m, kind) for m in net.g) for kind in (torch.nn.Linear, torch.nn.BatchNorm1d)] == [4, 4]
+    assert isinstance(net.g[-1], torch.nn.BatchNorm1d) and net.g[-1].weight is None
+    bare, _ = lm_small("latentmap-nobn")
+    assert isinstance(bare.g[-1], torch.nn.Linear) and isinstance(bare.normalise, torch.nn.Identity)
+
+
+def test_priors():
+    z = latentmap.draw_prior(4000, 6, "sphere", torch.Generator().manual_seed(0))
+    torch.testing.assert_close(z.norm(dim=1), torch.full((4000,), 6 ** .5))
+    assert z.mean(0).abs().max() < .06 and (z.var(0) - 1).abs().max() < .06
+    normal = latentmap.draw_prior(4000, 6, "gauss", torch.Generator().manual_seed(0))
+    assert normal.norm(dim=1).std() > .3 and (normal.var(0) - 1).abs().max() < .1
+    net, _ = lm_small()
+    rng = torch.get_rng_state()
+    assert torch.equal(net.prior(5, seed=3), net.prior(5, seed=3)) and torch.equal(rng, torch.get_rng_state())
+    net, x = lm_small("age")
+    torch.testing.assert_close(net.encode(x).norm(dim=1), torch.full((12,), 2 ** .5))
+
+
+def test_eq_11_normalises_the_code():
+    net, x = lm_small(width=64)
+    code = net.code(x * 20)
+    assert code.mean(0).abs().max() < 1e-5 and (code.var(0, unbiased=False) - 1).abs().max() < .01
+    assert net.normalise.weight is None
+    for _ in range(5):
+        net.step(x * 1.5)
+    bn = net.normalise
+    with torch.no_grad():
+        expected = (net.E(x[:1]) - bn.running_mean) / (bn.running_var + bn.eps).sqrt()
+    torch.testing.assert_close(net.encode(x[:1]), expected)         # of one item: running statistics, not the batch's
+    assert net.training
+
+
+# ------------------------------------------------------------------------------------------------- who moves, and where
+
+
+LATENT_MOVES = [  # model, first phase?, optimiser, networks it moves
+    ("latentmap", True, "d", {"d"}), ("latentmap", True, "AE", {"E", "G"}), ("latentmap", False, "D", {"D"}),
+    ("latentmap", False, "g", {"g"}), ("latentmap-nobn", True, "AE", {"E", "G"}), ("latentmap-noreg", False, "g", {"g"}),
+    ("vae", True, "AE", {"E", "G"}), ("aae", True, "AE", {"E", "G"}), ("aae", True, "D", {"D"}), ("aae", True, "E", {"E"}),
+    ("wae", True, "AE", {"E", "G"}), ("introvae", True, "E", {"E"}), ("introvae", True, "G", {"G"}),
+    ("age", True, "E", {"E"}), ("age", True, "G", {"G"}), ("alae", True, "ED", {"E", "D"}), ("alae", True, "FG", {"F", "G"}),
+    ("alae", True, "AE", {"E", "G"}),
+]
+
+
+@pytest.mark.parametrize("dataset", ["swissroll", "mnist"])
+@pytest.mark.parametrize(("model", "first", "name", "movers"), LATENT_MOVES)
+def test_each_loss_moves_its_own_networks_and_goes_down(model, first, name, movers, dataset):
+    net, x = lm_small(model, dataset, map_from=10 ** 9 if first else 0, critic_steps=1, d_steps=1, lr=3e-4,
+                      width=32 if dataset == "swissroll" else 4)
+    for _ in range(5):
+        lm_losses(net, x)                                           # lets the spectral norms settle
+    before, start = {n: weights(m) for n, m in net.named_children()}, lm_losses(net, x)[name]
+    lm_losses(net, x, only=name)
+    assert {n for n, m in net.named_children() if moved(before[n], m)} == movers
+    for _ in range(9):
+        lm_losses(net, x, only=name)
+    assert lm_losses(net, x)[name] < start - 1e-5
+
+
+def lm_outputs(net, x, only, steps=20):
+    """What step() returns before and after some steps of one optimiser alone."""
+    before = lm_losses(net, x)
+    for _ in range(steps):
+        lm_losses(net, x, only=only)
+    return before, lm_losses(net, x)
+
+
+def test_directions_of_latentmaps_networks():
+    net, x = lm_small(critic_steps=1, lr=1e-3)
+    x_hat = lambda: net.reconstruct(x)
+    ask = lambda y: net.infer(net.d, y)
+    apart = (ask(x_hat()).mean() - ask(x).mean()).item()
+    for _ in range(60):
+        lm_losses(net, x, only="d")
+    assert ask(x_hat()).mean() - ask(x).mean() > apart              # d: reconstructions up, data down
+    reach = ask(x_hat()).square().mean()
+    net.config.omega2 = net.config.omega1 = 1e3                     # so that reconstruction does not matter
+    d_before = weights(net.d)
+    for _ in range(20):
+        lm_losses(net, x, only="AE")
+    assert ask(x_hat()).square().mean() < reach and not moved(d_before, net.d)
+
+    net, x = lm_small(map_from=0, d_steps=1, lr=1e-3)
+    code, z = net.encode(x), net.prior(500, seed=0)
+    judge = lambda: (net.infer(net.D, code).mean().item(), net.infer(net.D, net.generated_codes(z)).mean().item())
+    real, fake = judge()
+    for _ in range(30):
+        lm_losses(net, x, only="D")
+    assert judge()[0] - judge()[1] > real - fake
+    fake = judge()[1]
+    for _ in range(30):
+        lm_losses(net, x, only="g")
+    assert judge()[1] > fake
+
+
+def test_directions_of_the_baselines_games():
+    net, x = lm_small("introvae", lr=1e-3)
+    net.config.beta, net.config.alpha = 0., 10.                     # at first E cannot tell them apart: let samples outweigh
+    before, after = lm_outputs(net, x, "E", 60)
+    assert after["out kl_gen"] > before["out kl_gen"]               # E keeps samples' KL up, G brings it down
+    before, after = lm_outputs(net, x, "G")
+    assert after["out kl_gen"] < before["out kl_gen"]
+
+    net, x = lm_small("age", lr=1e-3)
+    net.config.age_mu = 0.
+    before, after = lm_outputs(net, x, "E", 40)
+    gap = lambda o: o["out kl_fake"] - o["out kl_real"]
+    assert gap(after) > gap(before)
+    net.config.age_lam = 0.
+    before, after = lm_outputs(net, x, "G")
+    assert after["out kl_fake"] < before["out kl_fake"]
+
+    net, x = lm_small("wae", lr=1e-3)
+    net.config.wae_lam = 1e4
+    before, after = lm_outputs(net, x, "AE")
+    assert after["out mmd"] < before["out mmd"]
+
+    net, x = lm_small("alae", lr=1e-3)
+    before, after = lm_outputs(net, x, "AE", 40)
+    assert after["out w"] < before["out w"]
+    net.config.r1 = 1e4
+    before, after = lm_outputs(net, x, "ED", 40)
+    assert after["out r1"] < before["out r1"]
+
+
+def test_introvaes_e_sees_what_g_makes_as_given():
+    """ng() of its Eq. (11): no gradient to E through the reconstruction it judges."""
+    net, x = lm_small("introvae", alpha=5., beta=0., margin=50.)
+    params, got = list(net.E.parameters()), {}
+    net.update = lambda name, loss: got.setdefault(name, torch.autograd.grad(loss, params, retain_graph=True))
+    torch.manual_seed(7)
+    net.step(x)
+    torch.manual_seed(7)
+    mu, log_var = net.posterior(x)
+    made = net.G(net.draw(mu, log_var)).detach(), net.G(net.prior(12)).detach()
+    kl = [latentmap.kl_normal(*net.posterior(y)) for y in (x, *made)]
+    for a, b in zip(got["E"], torch.autograd.grad(latentmap.introvae_loss_e(*kl, torch.zeros(12), 50., 5., 0.), params)):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dataset", ["swissroll", "mnist", "celeba"])
+def test_the_second_phase_leaves_the_autoencoder_bit_for_bit(dataset):
+    net, x = lm_small("latentmap", dataset, map_from=2)
+    for _ in range(2):
+        assert set(net.step(x)) == {"d", "ae", "rec"}
+    before = copy.deepcopy(net.state_dict())
+    assert torch.equal(net.frozen_code(x), net.encode(x)) and net.training
+    for _ in range(3):
+        assert set(net.step(x)) == {"D", "g"}
+    after = net.state_dict()
+    same = {k.split(".")[0] for k, v in after.items() if torch.is_tensor(v) and torch.equal(v, before[k])}
+    changed = {k.split(".")[0] for k, v in after.items() if torch.is_tensor(v) and not torch.equal(v, before[k])}
+    assert {"E", "G", "normalise", "d"}.isdisjoint(changed) and changed == {"D", "g"} and {"E", "G", "normalise"} <= same
+
+
+def test_the_first_phase_leaves_the_map_alone_and_joint_moves_all():
+    net, x = lm_small()
+    before = copy.deepcopy(net.state_dict())
+    net.step(x)
+    changed = {k.split(".")[0] for k, v in net.state_dict().items() if torch.is_tensor(v) and not torch.equal(v, before[k])}
+    assert changed == {"E", "G", "normalise", "d"}
+    net, x = lm_small(joint=True, map_from=0, d_steps=5)
+    assert set(net.step(x)) == {"d", "ae", "rec", "D", "g"}
+    counts = {}
+    update = net.update
+    net.update = lambda name, loss: counts.update({name: counts.get(name, 0) + 1}) or update(name, loss)
+    net.step(x)
+    assert list(counts.items()) == [("d", 2), ("AE", 1), ("D", 5), ("g", 1)]               # the author code's
+
+
+def test_ablations_are_latentmap_with_terms_off():
+    for model in ("latentmap-nobn", "latentmap-noreg"):
+        net, x = lm_small(model)
+        assert not hasattr(net, "d") and set(net.step(x)) == {"ae", "rec"}
+    # with weights so small that they round away, the regularised model takes the unregularised one's step
+    a, x = lm_small("latentmap-noreg", seed=0)
+    b, _ = lm_small("latentmap", omega1=1e-30, omega2=0.)
+    b.E.load_state_dict(a.E.state_dict())
+    b.G.load_state_dict(a.G.state_dict())
+    a.step(x)
+    b.step(x)
+    assert all(torch.allclose(p, q, atol=1e-7) for p, q in zip([*a.E.parameters(), *a.G.parameters()],
+                                                               [*b.E.parameters(), *b.G.parameters()]))
+
+
+def test_latentmap_inference_has_no_side_effects():
+    for model in LATENT_MODELS:
+        net, x = lm_small(model, "mnist")
+        net.step(x)
+        before, rng = copy.deepcopy(net.state_dict()), torch.get_rng_state()
+        one = torch.cat([net.reconstruct(x[i:i + 1]) for i in range(12)])
+        torch.testing.assert_close(net.reconstruct(x), one, atol=1e-4, rtol=1e-3)
+        assert torch.equal(rng, torch.get_rng_state()) and net.training
+        net.sample(4)
+        assert all(torch.equal(before[k], v) for k, v in net.state_dict().items() if torch.is_tensor(v))
+
+
+def test_latentmap_presets_are_the_papers():
+    c = latentmap.preset("latentmap", "celeba")
+    assert (c.size, c.width, c.latent, c.batch, c.epochs, c.lr, c.beta1) == (64, 64, 128, 32, 25, 2e-4, 0)
+    assert (c.gamma, c.lam, c.omega1, c.omega2, c.recon, c.prior, c.joint) == (.2, .2, 1, 1, "l2", "gauss", False)
+    c = latentmap.preset("latentmap", "mnist")
+    assert (c.size, c.latent) == (32, 256) and latentmap.preset().dataset == "swissroll"
+    assert latentmap.preset("wae", "mnist").wae_lam == 10 and latentmap.preset("wae", "celeba").wae_lam == 100
+    assert latentmap.preset("latentmap", "swissroll").latent == 2 and latentmap.preset("age", "celeba").prior == "sphere"
+    nobn, noreg = (latentmap.preset(f"latentmap-{name}", "mnist") for name in ("nobn", "noreg"))
+    assert not nobn.normalise and nobn.omega1 == nobn.omega2 == noreg.omega1 == noreg.omega2 == 0 and noreg.normalise
+    assert all(latentmap.preset(m, d).model == m for m in latentmap.MODELS for d in latentmap.DATASETS)
+
+
+def test_codes_are_shown_on_their_principal_axes():
+    generator = torch.Generator().manual_seed(0)
+    plane = torch.randn(400, 2, generator=generator) * torch.tensor([3., 1.])
+    rotation = torch.linalg.qr(torch.randn(6, 6, generator=generator)).Q
+    code = torch.cat([plane, torch.zeros(400, 4)], 1) @ rotation
+    panels = latentmap.code_panels(code, code, torch.zeros(400, dtype=torch.long), 1)
+    assert list(panels) == ["codes of the data", "codes made from the prior"]
+    ink = (panels["codes of the data"] < 1).any(0).nonzero().float()
+    assert ink[:, 1].std() > 2.5 * ink[:, 0].std()                  # the first component lies across
+    assert latentmap.code_panels(code[:, :1], code[:, :1], None, 0) == {}
+
+
+# -------------------------------------------------------------------------------------------------------------- runs
+
+
+def lm_quick(tmp_path, *more):
+    """Flags of a run on the roll of a second or two."""
+    return ("--root", tmp_path / "root", "--width", 8, "--batch", 50, "--samples", 100, "--device", "cpu", *more)
+
+
+def test_a_latentmap_run_leaves_what_it_promises(tmp_path):
+    run = tmp_path / "run"
+    assert cli(latentmap, *lm_quick(tmp_path, "--steps", 80, "--eval-every", 20, "--out", run)) == 0
+    config = json.loads((run / "config.json").read_text())
+    assert config["model"] == "latentmap" and config["map_from"] == 48 and {"command", "torch", "revision"} <= set(config)
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    evaluations = [line for line in lines if "protocol" in line]
+    assert [(line["step"], line.get("phase")) for line in evaluations] == [(20, "autoencoder"), (40, "autoencoder"),
+                                                                           (60, None), (80, None)]
+    assert {"chamfer", "gen_dist", "gen_gap", "coverage", "rec_dist", "rec_coverage", "mse", "latent_fd", "rank_corr",
+            "rank_corr_arc", "trust"} <= set(lines[-1])
+    for name in ("samples/000060.png", "recon/000080.png", "figures/panels-000080.png", "figures/codes-000080.png",
+                 "figures/mse.png", "figures/chamfer.png", "last.pt", "best.pt"):
+        assert (run / name).stat().st_size > 0
+    best, last = (torch.load(run / name, weights_only=True) for name in ("best.pt", "last.pt"))
+    assert best["step"] > 48 and last["step"] == 80 and last["file"] == "latentmap" and last["weights"]["_extra_state"] == 80
+    assert best["best"] == min(line["chamfer"] for line in evaluations[2:])
+    assert latentmap.score_of({"phase": "autoencoder", "chamfer": 0.}) is None
+    assert latentmap.score_of({"chamfer": .2, "mse": .1}) == .2 and latentmap.score_of({"fid": 9., "fcd": 2., "mse": 1.}) == 9.
+    assert cli(latentmap, "--resume", run, "--sample", 7, "--device", "cpu") == 0
+    assert len((run / "drawn/points.csv").read_text().splitlines()) == 7 and (run / "drawn.png").exists()
+    assert cli(latentmap, "--resume", run, "--steps", 100, "--device", "cpu") == 0          # longer: its boundary stays
+    assert json.loads((run / "config.json").read_text())["map_from"] == 48
+
+
+@pytest.mark.parametrize("size", [32, 64])
+@pytest.mark.parametrize("model", ["latentmap", "vae"])
+def test_a_latentmap_run_on_pictures_leaves_the_papers_figures(model, size, pictures, tmp_path):
+    from PIL import Image
+
+    run = tmp_path / "run"
+    assert cli(latentmap, "--model", model, "--dataset", pictures, "--root", tmp_path / "root", "--batch", 16, "--samples", 50,
+               "--device", "cpu", "--amp", "off", "--size", size, "--width", 2, "--latent", 6, "--steps", 3, "--eval-every", 1,
+               "--out", run) == 0
+    for name in ("samples/000003.png", "recon/000003.png", "figures/interpolations-000003.png", "figures/codes-000003.png",
+                 "figures/mse.png", "figures/real.png", "best.pt"):
+        assert (run / name).stat().st_size > 0
+    with Image.open(run / "figures/interpolations-000003.png") as picture:
+        assert picture.size == (10 * (size + 1) + 1, 10 * (size + 1) + 1)
+    last = json.loads((run / "log.jsonl").read_text().splitlines()[-1])
+    assert last["mse"] > 0 and {"latent_fd", "rank_corr", "trust"} <= set(last) and "fid" not in last
+    assert "mse" in last["protocol"] and "latent_fd" in last["protocol"] and "rank_corr_arc" not in last
+    assert cli(latentmap, "--resume", run, "--sample", 3, "--device", "cpu") == 0
+    assert len(list((run / "drawn").glob("*.png"))) == 3
+
+
+@pytest.mark.parametrize("model", [m for m in LATENT_MODELS if m != "latentmap"])
+def test_every_latentmap_baseline_runs_on_the_roll(model, tmp_path):
+    run = tmp_path / "run"
+    assert cli(latentmap, *lm_quick(tmp_path, "--model", model, "--steps", 3, "--out", run)) == 0
+    last = json.loads((run / "log.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 3 and all(math.isfinite(last[k]) for k in ("chamfer", "mse", "latent_fd", "rank_corr", "trust"))
+    assert (run / "best.pt").exists() and (run / "figures/panels-000003.png").exists()
+
+
+def lm_same(a, b):
+    """Two last.pt hold the same, bit for bit."""
+    a, b = (torch.load(run / "last.pt", weights_only=True) for run in (a, b))
+    assert a["step"] == b["step"] and a["best"] == b["best"]
+    for key, value in a["weights"].items():
+        assert torch.equal(value, b["weights"][key]) if torch.is_tensor(value) else value == b["weights"][key], key
+    assert all(torch.equal(v, b["optimisers"][name]["state"][n][k]) for name in a["optimisers"]
+               for n, slot in a["optimisers"][name]["state"].items() for k, v in slot.items())
+
+
+def test_a_killed_latentmap_run_resumes_bit_for_bit(tmp_path):
+    """SIGKILL in the second phase, whose last save is of the first, and again within the second."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    flags = lm_quick(tmp_path, "--steps", 12, "--eval-every", 5)
+    assert cli(latentmap, *flags, "--out", whole) == 0
+    script = ("import sys, os, signal, torch, latentmap; at = int(sys.argv.pop(1))\n"
+              "torch.set_num_threads(int(sys.argv.pop(1)))\n"
+              "add = latentmap.Run.add\n"
+              "def kill(self, step, losses):\n"
+              "    add(self, step, losses)\n"
+              "    if step == at: os.kill(os.getpid(), signal.SIGKILL)\n"
+              "latentmap.Run.add = kill\n"
+              "sys.exit(latentmap.run_cli(latentmap.main))")
+    for at, how in ((8, (*flags, "--out", killed)), (11, ("--resume", killed, "--device", "cpu"))):
+        done = subprocess.run([sys.executable, "-c", script, str(at), str(torch.get_num_threads()), *map(str, how)], cwd=HERE)
+        assert done.returncode == -signal.SIGKILL
+    assert cli(latentmap, "--resume", killed, "--device", "cpu") == 0
+    lm_same(whole, killed)
+
+
+@pytest.mark.parametrize("model", ["introvae", "alae"])
+def test_a_baseline_resumes_bit_for_bit(model, tmp_path, monkeypatch):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    flags = lm_quick(tmp_path, "--model", model, "--steps", 8, "--eval-every", 4)
+    assert cli(latentmap, *flags, "--out", whole) == 0
+    add = latentmap.Run.add
+
+    def power_cut(self, step, losses):
+        if step == 6:
+            raise OSError("the power is gone")
+        add(self, step, losses)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(latentmap.Run, "add", power_cut)
+        with pytest.raises(OSError, match="power"):
+            cli(latentmap, *flags, "--out", cut)
+    assert torch.load(cut / "last.pt", weights_only=True)["step"] == 4
+    assert cli(latentmap, "--resume", cut, "--device", "cpu") == 0
+    lm_same(whole, cut)
+
+
+def test_a_latentmap_loss_that_is_not_finite_ends_the_run(tmp_path, monkeypatch, capsys):
+    run, step = tmp_path / "run", latentmap.LatentMap.step
+
+    def bad(self, x):
+        losses = step(self, x)
+        return losses | {"ae": losses["ae"] * float("nan")} if self.iteration == 7 else losses
+
+    monkeypatch.setattr(latentmap.LatentMap, "step", bad)
+    assert cli(latentmap, *lm_quick(tmp_path, "--steps", 20, "--eval-every", 5, "--out", run)) == 3
+    err = capsys.readouterr().err
+    assert "step 7" in err and "'ae' is nan" in err and "Traceback" not in err
+    assert torch.load(run / "last.pt", weights_only=True)["step"] == 5
+
+
+@pytest.mark.parametrize("flags", [(), ("--dataset", "mnist", "--width", 2), ("--model", "alae"), ("--joint",)])
+def test_latentmap_bench(flags, capsys):
+    assert cli(latentmap, "--bench", 2, "--batch", 4, "--latent", 4, "--device", "cpu", *flags) == 0
+    timed = json.loads(capsys.readouterr().out)
+    assert timed["images_per_s"] > 0 and timed["peak_memory_mib"] > 0 and timed["batch"] == 4
+
+
+@pytest.mark.parametrize("model", ["latentmap", "vae", "alae"])
+def test_latentmap_keeps_its_losses_in_float32_under_autocast(model):
+    config = dataclasses.replace(latentmap.preset(model, "mnist"), width=2, latent=4, batch=8, channels=1, map_width=8,
+                                 joint=True)
+    net = latentmap.build(config, latentmap.Machine("cpu", "bf16"))
+    x = torch.rand(8, 1, 32, 32) * 2 - 1
+    losses = net.step(x)
+    assert all(v.dtype == torch.float32 and v.isfinite() for v in losses.values())
+    assert net.sample(3).dtype == net.encode(x).dtype == torch.float32
+
+
+BAD_LATENTMAP_FLAGS = {
+    "unknown model": (["--model", "vqvae"], "--model vqvae is not one of latentmap"),
+    "unknown flag": (["--learning-rate", "1"], "unrecognized arguments: --learning-rate"),
+    "flag of another kind": (["--steps", "many"], "invalid int value: 'many'"),
+    "a size without networks": (["--dataset", "cifar10", "--size", "28"], "--size 28: there are networks for 32"),
+    "points with a size": (["--size", "32"], "--size 32 does not suit swissroll, which holds points"),
+    "images without one": (["--dataset", "digits", "--size", "0"], "--size 0 does not suit digits, which holds images"),
+    "no codes": (["--latent", "0"], "--latent 0 is too small"),
+    "a batch of one": (["--batch", "1"], "--batch 1 is too small"),
+    "not a number": (["--lam", "nan"], "--lam nan must be a number"),
+    "a negative weight": (["--omega1", "-1"], "--omega1 -1.0 must be a number from 0 up"),
+    "more than all": (["--gamma", "1.5"], "--gamma 1.5 is a share of the data"),
+    "another distance": (["--recon", "l3"], "invalid choice: 'l3'"),
+    "another prior": (["--prior", "cube"], "invalid choice: 'cube'"),
+    "a sphere of two points": (["--prior", "sphere", "--latent", "1"], "--latent 1 is too small for a prior on the sphere"),
+    "compiled second derivatives": (["--model", "alae", "--compile"], "--compile does not go with alae"),
+    "a batch beyond the data": (["--batch", "6000"], "a batch of 6000 is more than the 5,000 items"),
+    "sample without a run": (["--sample", "4"], "--sample needs --resume"),
+    "no such run": (["--resume", "/nowhere/run"], "there is no checkpoint"),
+    "unknown device": (["--device", "abacus"], "--device abacus"),
+    "unknown dataset": (["--dataset", "swissrole"], "swissrole"),
+    "no such folder": (["--dataset", "/nowhere/pictures"], "/nowhere/pictures"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LATENTMAP_FLAGS)
+def test_bad_latentmap_flags_end_in_one_sentence(case, capsys, tmp_path):
+    flags, sentence = BAD_LATENTMAP_FLAGS[case]
+    assert cli(latentmap, *flags, "--out", tmp_path / "run") == 2
+    err = capsys.readouterr().err
+    assert sentence in err and err.count("\n") == 1 and "Traceback" not in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_latentmap_checkpoints_end_in_one_sentence(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert cli(latentmap, *lm_quick(tmp_path, "--steps", 2, "--out", run)) == 0
+    whole = (run / "last.pt").read_bytes()
+    state = torch.load(io.BytesIO(whole), weights_only=True)
+
+    def ends(sentence, content, *flags):
+        (run / "last.pt").write_bytes(content) if isinstance(content, bytes) else torch.save(content, run / "last.pt")
+        capsys.readouterr()
+        assert cli(latentmap, "--resume", run, *flags) == 2
+        err = capsys.readouterr().err
+        assert sentence in err and err.count("\n") == 1 and "Traceback" not in err
+
+    ends("model latentmap, not vae", whole, "--model", "vae")
+    ends("gamma 0.2, not 0.3", whole, "--gamma", .3)
+    ends("damaged or truncated", whole[:len(whole) // 2])
+    ends("written by aim.py", state | {"file": "aim"})
     ends("another shape", state | {"config": state["config"] | {"width": 16}})
 
 
