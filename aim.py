@@ -907,6 +907,19 @@ def restore(state, model, batches, machine):
         machine.set_rng_state(state["rng"])
 
 
+def folder_of(args, default):
+    """The run's folder: `--out`, or the one that `--resume` names, by itself or by a checkpoint in it, or the default."""
+    resumed = args["resume"] and pathlib.Path(args["resume"])
+    return args["out"] or (resumed.parent if resumed and resumed.is_file() else resumed) or default
+
+
+def refuse(args, model, names):
+    """Raises UserError for a flag among `names` that was given: `model` has no use for it."""
+    for name in names:
+        if args[name] is not None:
+            raise UserError(f"--{name.replace('_', '-')} does nothing for --model {model}; leave it out")
+
+
 FREE = ("root", "steps", "epochs", "amp", "compile", "eval_every", "samples", "inception")  # may change on resuming
 
 
@@ -1230,6 +1243,11 @@ def draw(config, machine, state, folder, n):
     print(f"{n} samples of step {state['step']} in {folder}")
 
 
+def useless(config):
+    """The flags that mean nothing to `config.model`."""
+    return (() if config.model == "alice" else ("k",)) + (("lam",) if config.model in ("gan", "ali") else ())
+
+
 def main(argv=None):
     """The command line; returns the exit code."""
     parser = Parser(prog=f"{FILE}.py", description=__doc__.splitlines()[0])
@@ -1245,6 +1263,7 @@ def main(argv=None):
     state = load_checkpoint(args["resume"], FILE) if args["resume"] else None
     config = settings(args, state, preset)
     config.check()
+    refuse(args, config.model, useless(config))
     machine = Machine(args["device"], config.amp, config.seed)
     if args["bench"]:
         config.channels = 2 if config.size == 0 else 1 if config.dataset in GREY else 3
@@ -1255,7 +1274,7 @@ def main(argv=None):
                          | benchmark(build(config, machine), x, args["bench"], config.compile)))
         return 0
     name = pathlib.Path(config.dataset).name
-    folder = args["out"] or args["resume"] or f"runs/{FILE}-{config.model}-{name}-s{config.seed}"
+    folder = folder_of(args, f"runs/{FILE}-{config.model}-{name}-s{config.seed}")
     if args["sample"]:
         draw(config, machine, state, folder, args["sample"])
     else:

@@ -73,12 +73,17 @@ Algorithm 1 (one call of `IVAAE.step`).
       comparisons the paper takes over. Adam's betas and the initial weights are not printed either: (.5, .999), as in WAE,
       and torch's.
   D15 Algorithm 1 lets E maximise D's cross entropy, the form of a GAN whose gradient vanishes where D is sure. `--e-loss prior`
-      is the other one, of WAE-GAN's own paper and of Fig. 3: every z_k shall look like the prior's.
+      is the other one, of WAE-GAN's own paper and of Fig. 3: every z_k shall look like the prior's. (The algorithm prints "+"
+      before L_recon, E's gradient as G's and 1 / mt for t + 1 terms: read as descent, E's own, and a mean.)
   D16 "We obtain {z^l} for every two iterations": a bridge of the SVGD chain is two steps on from the one before. The bandwidth
       is a constant to the gradient.
-  D17 Table 4's last row "DCONV(C1, K4, S0)" is a misprint: 8 -> 12 -> 16 -> 32 -> 64 by kernels 5, 5, 6, 4, strides 1, 1, 2, 2
-      and as many channels as the images have keeps every other printed stride. "FC(C1)" ends in the latent dimension.
-  D18 D's t + 1 outputs at t = 1 are AAE's one: their difference is its logit. So `aae` (WAE-GAN) is this class at t = 1.
+  D17 Table 4's third DCONV takes a kernel of 6 (Sec. 4: "5 x 5 or 6 x 6"), and its last row "DCONV(C1, K4, S0)" is a misprint:
+      8 -> 12 -> 16 -> 32 -> 64 by kernels 5, 5, 6, 4, strides 1, 1, 2, 2, to as many channels as the images have, keeps every
+      other printed stride. "FC(C1)" ends in the latent dimension.
+  D18 D's t + 1 outputs at t = 1 are AAE's one: their difference is its logit. So `aae` is this class at t = 1, by default with
+      Algorithm 1's loss of E; `--e-loss prior` makes it WAE-GAN as published.
+  D19 Each T_k draws noise of its own (line 3 draws one z for all k: the same in the mean). WAE-MMD's lambda on CIFAR-10 and the
+      settings of Fashion-MNIST are those of CelebA and MNIST (paper silent).
 
 Run it.  python ivgen.py                                      IVLSGAN on drawn digits, offline, minutes on two cores
          python ivgen.py --dataset cifar10                    the paper's recipe: 64 x 64, 400 epochs
@@ -191,14 +196,16 @@ class Config:
 
     def check_ivaae(self):
         """`check` for Part II."""
-        if self.t < 1 or (self.bridge == "bw" and self.latent % self.t):
+        if self.t < 1:
+            raise UserError(f"--t {self.t} must be 1 or more")
+        if self.model == "aae" and self.t != 1:
+            raise UserError(f"--model aae is IVAAE at t = 1; --t {self.t} is ivaae-bw")
+        if self.bridge == "bw" and self.latent % self.t:
             raise UserError(f"--t {self.t} does not divide the latent dimension {self.latent} into blocks")
         if self.network == "conv" and self.size != 64:
             raise UserError(f"--size {self.size}: Table 4's networks are for 64 pixels")
         if self.size < 8:
             raise UserError(f"--size {self.size} is too small")
-        if self.bridge == "svgd" and self.batch < 3:
-            raise UserError(f"--batch {self.batch}: the SVGD bridge needs a batch of 3 or more, whose distances have a median")
         if self.e_loss not in ("iv", "prior"):
             raise UserError(f"--e-loss {self.e_loss} is not one of iv, prior")
 
@@ -305,7 +312,7 @@ def radial_substitute(z, step, t, noise):
 def median_bandwidth(z, scale=100.):
     """h = scale med^2 / log n, med the median distance between two of the n points z (n, d); IVAAE, Sec. 4. A number."""
     with torch.no_grad():
-        return scale * F.pdist(z.float()).median().square() / math.log(len(z))
+        return (scale * F.pdist(z.float()).median().square() / math.log(len(z))).clamp_min(1e-12)      # codes may coincide
 
 
 def svgd_step(z, bandwidth, epsilon=1.):
@@ -350,7 +357,8 @@ def multi_js(densities, weights=None):
 class Coder(nn.Module):
     """What the models of both papers answer to: `sample(n)`, `encode(x)`, `decode(z)` over an encoder E and a generator G.
 
-    The fourth verb, `step(x)`, is each model's own. Sets `config`, `machine` and `iteration`, which checkpoints keep.
+    The fourth verb, `step(x)`, is each model's own. Sets `config`, `machine`, `average` (None) and `iteration`, which is part
+    of a checkpoint.
     """
 
     def __init__(self, config, machine=None):
@@ -739,7 +747,8 @@ def bridge_loss(logits):
 
 
 def prior_loss(logits):
-    """WAE-GAN's form of E's loss (D15): the mean over k < t and batch of -log D_t(z_k), "each z_k came from the prior"."""
+    """WAE-GAN's form of E's loss (D15): the mean over k < t and batch of -log D_t(z_k), "each z_k came from the prior". At
+    t = 1 it is -log D(E(x))."""
     return -logits[:-1].log_softmax(2)[..., -1].mean()
 
 
@@ -854,16 +863,18 @@ def figures_ivaae(model, run, step, x, codes):
     z = model.encode(x).cpu()
     pairs = torch.stack([x.cpu(), model.decode(z).cpu()], dim=1).flatten(0, 1)
     save_grid(run.folder / f"recon/{step:06d}.png", pairs[:100])                            # original, reconstruction, ...
-    weights = torch.linspace(0, 1, 10)[:, None]
-    lines = torch.cat([torch.lerp(a, b, weights) for a, b in zip(z[:10], z[10:20])])        # a row from one image to another
-    save_grid(run.folder / f"figures/interpolations-{step:06d}.png", model.decode(lines))
+    if len(z) >= 20:                                                                        # a row from one image to another
+        weights = torch.linspace(0, 1, 10)[:, None]
+        lines = torch.cat([torch.lerp(a, b, weights) for a, b in zip(z[:10], z[10:20])])
+        save_grid(run.folder / f"figures/interpolations-{step:06d}.png", model.decode(lines))
     heat = torch.cov(codes.T).abs().clamp(max=1)[None, None]                                # Fig. 6: brighter, closer to 1
     torchvision.utils.save_image(F.interpolate(heat, scale_factor=max(1, 512 // heat.shape[-1])),
                                  run.folder / f"figures/covariance-{step:06d}.png")
 
 
 def codes_of(model, dataset, n=60_000):
-    """Codes (n, d), on the CPU, of the first n images of a set in a fixed random order ("we randomly choose 60k images")."""
+    """Codes (n, d), on the CPU, of the first n images of a set (a set sorted by class is permuted first). The paper draws its
+    60,000 at random; of MNIST they are all."""
     from data import ordered
     return torch.cat([model.encode(x).cpu() for x, _ in ordered(dataset, n, 250, model.machine.device, model.config.size)])
 
@@ -882,9 +893,10 @@ def probe_discriminator(model, batches, steps):
             objectives = {"gradient": -logits[0].log_softmax(1)[:, -1].mean(), "gradient_iv": model.encoder_loss(logits)}
         norms = {name: sum(g.float().square().sum() for g in torch.autograd.grad(loss, params, retain_graph=True)).sqrt().item()
                  for name, loss in objectives.items()}
-        loss = model.step_d([part.detach() for part in chain])["d_iv"].item()
+        lines.append({"iteration": n, "loss": model.step_d([part.detach() for part in chain])["d_iv"].item()} | norms)
         m.end_step()
-        lines.append({"iteration": n, "loss": loss} | norms)
+        if not all(map(math.isfinite, lines[-1].values())):
+            raise NotFinite(f"iteration {n} of the probe is not finite: {lines[-1]}")
     model.E.train()
     return lines
 
@@ -925,6 +937,8 @@ def probe(config, machine, state, folder, which, steps=None):
     """
     from data import Batches, load
 
+    if steps is not None and steps < 1:
+        raise UserError(f"--probe-steps {steps} must be 1 or more")
     train_set, test_set = (load(config.dataset, config.root, config.size, split) for split in ("train", "test"))
     if config.bridge == "":
         raise UserError(f"--probe: {config.model} is not one of IVAAE's systems")
@@ -940,6 +954,7 @@ def probe(config, machine, state, folder, which, steps=None):
     else:
         lines = probe_classifier(model, batches, test_set, steps or 3000)
     folder = pathlib.Path(folder)
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
     (folder / f"probe-{which}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for name in [name for name in lines[0] if name != "iteration"]:
         curve = [(line["iteration"], line[name]) for line in lines]
@@ -1228,6 +1243,19 @@ def restore(state, model, batches, machine):
         machine.set_rng_state(state["rng"])
 
 
+def folder_of(args, default):
+    """The run's folder: `--out`, or the one that `--resume` names, by itself or by a checkpoint in it, or the default."""
+    resumed = args["resume"] and pathlib.Path(args["resume"])
+    return args["out"] or (resumed.parent if resumed and resumed.is_file() else resumed) or default
+
+
+def refuse(args, model, names):
+    """Raises UserError for a flag among `names` that was given: `model` has no use for it."""
+    for name in names:
+        if args[name] is not None:
+            raise UserError(f"--{name.replace('_', '-')} does nothing for --model {model}; leave it out")
+
+
 FREE = ("root", "steps", "epochs", "amp", "compile", "eval_every", "samples", "inception")  # may change on resuming
 
 
@@ -1510,6 +1538,13 @@ def draw(config, machine, state, folder, n):
     print(f"{n} samples of step {state['step']} in {folder}")
 
 
+def useless(config):
+    """The flags that mean nothing to `config.model`."""
+    if not config.bridge:
+        return ("t", "e_loss")
+    return ("ema", "k", "e_steps", "e_sign", "d_norm") + (("t", "e_loss", "mu") if config.bridge == "mmd" else ())
+
+
 def main(argv=None):
     """The command line; returns the exit code."""
     parser = Parser(prog=f"{FILE}.py", description=__doc__.splitlines()[0])
@@ -1532,6 +1567,7 @@ def main(argv=None):
     state = load_checkpoint(args["resume"], FILE) if args["resume"] else None
     config = settings(args, state, preset)
     config.check()
+    refuse(args, config.model, useless(config))
     machine = Machine(args["device"], config.amp, config.seed)
     if args["bench"]:
         config.channels = 1 if config.dataset in GREY else 3
@@ -1542,7 +1578,7 @@ def main(argv=None):
                          | benchmark(build(config, machine), x, args["bench"], config.compile)))
         return 0
     name = pathlib.Path(config.dataset).name
-    folder = args["out"] or args["resume"] or f"runs/{FILE}-{config.model}-{name}-s{config.seed}"
+    folder = folder_of(args, f"runs/{FILE}-{config.model}-{name}-s{config.seed}")
     if args["probe"]:
         probe(config, machine, state, folder, args["probe"], args["probe_steps"])
     elif args["sample"]:

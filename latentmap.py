@@ -37,7 +37,8 @@ Where this file departs from the paper, or had to choose (D1...):
       sum over 12,288 pixels would switch them off. `--recon l1` is the author code's mean absolute difference.
   D2  gamma, lambda, omega1, omega2 are the author code's (paper silent), and so are two steps of d and five of D for one of
       E and G and one of g, Adam at 2e-4 with beta1 = 0, and a batch of 32. beta2 is Adam's own. Which of x_1, x_2 is the
-      reversed batch is open: since mu <= .5, x_mu lies nearer to x_2, which here is the item in its own place.
+      reversed batch is open: since mu <= .5, x_mu lies nearer to x_2, which here is the item in its own place. The steps of
+      d share one batch of x, those of D one batch of codes; mu and g(z) are drawn anew.
   D3  BN of the code has no scale and no shift: the text wants mean 0 and variance 1 (author code: both learnt). After
       training, codes are made with the running statistics. `latentmap-nobn` leaves it out.
   D4  The prior is the paper's Gaussian; `--prior sphere` (author code) is uniform on the sphere, here of radius sqrt(dim).
@@ -53,13 +54,17 @@ Where this file departs from the paper, or had to choose (D1...):
   D7  The Swiss roll: data.py's plane spiral, 5,000 points, 2-D codes; its steps, rates, weights and batch are ours (paper
       silent). MNIST's epochs (25, CelebA's), CIFAR-10's 32 pixels and CelebA's 128 dimensions (Mimicry's) are ours, too.
   D8  The baselines share E, G, optimiser and batch. VAE: beta / 2 ||x - x^||^2 summed over the item, plus KL: a Gaussian of
-      variance 1 / beta (images: 1/2, which makes it the plain sum; points: 1/1000). WAE: the sum plus `wae_lam` MMD, with the
-      inverse multiquadratic kernels of its authors; 10 on MNIST, 100 on CelebA (theirs). AAE: reconstruction (D1's mean), D
-      and E's adversarial steps have optimisers of their own, in this order.
+      variance 1 / beta (images: 1/2, which makes it the plain sum; points: 1/1000). WAE: .05 times the sum plus `wae_lam` MMD,
+      with the inverse multiquadratic kernels of its authors; 10 on MNIST, 100 on CelebA (theirs; points: .5, ours). AAE:
+      reconstruction (D1's mean), D and E's adversarial steps have optimisers of their own, in this order.
   D9  IntroVAE, its Eqs. (11) and (12): alpha is its authors', the margin m and beta are ours; the hinge is taken item by
       item. AGE: codes and prior on the sphere of radius sqrt(dim), KL of the batch's fitted diagonal Gaussian divided by dim
-      (ours: the weights then need no change with dim), L1 between images, squares between codes. ALAE: F an MLP like g, D
-      without spectral norm, R1 with gamma = 10, F(z) held still in the reciprocity, which moves E and G.
+      (ours: the weights then need no change with dim), L1 between images, squares between codes, both as means (ours).
+      ALAE: F an MLP like g, D without spectral norm, R1 with gamma = 10, F(z) held still in the reciprocity, which moves E
+      and G.
+  D10 E's running BN statistics follow data only, G's the codes of data only (ALAE: F(z)): blends and samples, which they are
+      also trained on, have other moments, and `encode` and `decode` would work with statistics that belong to neither.
+  D11 fid's reference is metrics.py's, 10,000 test images (MNIST: its training set); the paper's is all training images.
 
 Run it.  python latentmap.py                                        the Swiss roll (Figs. 4 and 5), minutes, offline
          python latentmap.py --model vae                            ... and its baselines: vae, aae, alae, wae, introvae, age
@@ -163,6 +168,8 @@ class Config:
                 raise UserError(f"--{name} {getattr(self, name)} must be a number from 0 up")
         if not self.gamma <= 1:
             raise UserError(f"--gamma {self.gamma} is a share of the data: at most 1")
+        if self.prior == "sphere" and self.method in ("vae", "introvae"):
+            raise UserError(f"--prior sphere does not go with {self.method}, whose KL is to the Gaussian")
         if self.prior == "sphere" and self.latent < 2:
             raise UserError(f"--latent {self.latent} is too small for a prior on the sphere")
         if self.compile and self.method == "alae":
@@ -178,7 +185,7 @@ MODELS = {  # Tables 1 and 2, Figs. 4 and 6: what each changes of Config
     "age": dict(method="age", normalise=False, prior="sphere"), "alae": dict(method="alae", normalise=False),
 }
 POINTS = dict(size=0, width=128, latent=2, batch=500, steps=6000, lr=5e-4, ae_share=.6, d_steps=2, map_width=128, samples=5000,
-              omega1=.1, omega2=.1, amp="off", beta=1000., wae_lam=10., margin=5.)      # ours (D7, D8)
+              omega1=.1, omega2=.1, amp="off", beta=1000., wae_lam=.5, margin=5.)      # ours (D7, D8)
 MNIST = dict(size=32, latent=256, wae_lam=10., samples=10_000)      # ablation study: 256 dimensions
 DATASETS = {  # what a data set changes of Config, whose own values are CelebA's
     "swissroll": POINTS, "grid25": POINTS, "ring8": POINTS,
@@ -429,8 +436,8 @@ def age_loss_e(real, fake, x, x_hat, mu):
 
 
 def age_loss_g(fake, z, lam):
-    """AGE: g minimises Delta(e(g(Z))), plus lam ||z - e(g(z))||^2. On the sphere of radius sqrt(dim) the mean over numbers
-    is the squared distance on the unit sphere, for which lam is meant."""
+    """AGE: g minimises Delta(e(g(Z))), plus lam ||z - e(g(z))||^2, here a mean over numbers: on the sphere of radius sqrt(dim)
+    that is the squared distance on the unit sphere (D9)."""
     return kl_fit(fake) + lam * (z - fake).square().mean()
 
 
@@ -514,6 +521,17 @@ class Autoencoder(nn.Module):
     def code(self, x):
         return self.E(x)
 
+    def apart(self, network, y):
+        """`network(y)` for y that is not data or its codes: the running BN statistics, with which `encode` and `decode` work,
+        do not follow it (D10)."""
+        norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        for norm in norms:
+            norm.momentum = 0.
+        out = network(y)
+        for norm in norms:
+            norm.momentum = .1
+        return out
+
     def infer(self, function, x):
         """`function(x)` with the networks in evaluation mode, without a graph."""
         training, _ = self.training, self.eval()
@@ -581,7 +599,7 @@ class LatentMap(Autoencoder):
     def blend(self, code):
         """mu (B,) and x_mu, the decoding of each item's code mixed with its partner's."""
         mu = torch.rand(len(code), 1, device=code.device) / 2       # U[0, .5]
-        return mu.squeeze(1), self.G(interpolate(code, mu))
+        return mu.squeeze(1), self.apart(self.G, interpolate(code, mu))
 
     def update_autoencoder(self, x):
         """First phase: d `critic_steps` times by Eq. (9), then E and G by Eq. (10). Returns losses and codes (B, dim)."""
@@ -639,9 +657,9 @@ class VAE(Autoencoder):
     def networks(self, c):
         super().networks(c, outputs=2)
 
-    def posterior(self, x):
-        """mu, log sigma^2 of q(z|x), (B, dim) each; the latter kept where its exponential is a number."""
-        mu, log_var = self.E(x).chunk(2, 1)
+    def posterior(self, x, made=False):
+        """mu, log sigma^2 of q(z|x), (B, dim) each; the latter kept where its exponential is a number. made: x is G's."""
+        mu, log_var = (self.apart(self.E, x) if made else self.E(x)).chunk(2, 1)
         return mu, log_var.clamp(-15, 10)
 
     def code(self, x):
@@ -695,7 +713,7 @@ class WAE(Autoencoder):
             code = self.E(x)
             x_hat = self.G(code)
         penalty = mmd(code, self.prior(len(x)))
-        self.update("AE", squared_error(x, x_hat).mean() + self.config.wae_lam * penalty)
+        self.update("AE", .05 * squared_error(x, x_hat).mean() + self.config.wae_lam * penalty)
         return {"rec": reconstruction_loss(x, x_hat), "mmd": penalty}
 
 
@@ -713,14 +731,14 @@ class IntroVAE(VAE):
             x_rec = self.G(z)
             with torch.no_grad():
                 z_prior = self.prior(len(x))
-                x_gen = self.G(z_prior)
-            kl_rec, kl_gen = (kl_normal(*self.posterior(made)) for made in (x_rec.detach(), x_gen))     # ng() of Eq. (11)
+                x_gen = self.apart(self.G, z_prior)
+            kl_rec, kl_gen = (kl_normal(*self.posterior(y, made=True)) for y in (x_rec.detach(), x_gen))    # ng() of Eq. (11)
         kl_real, error = kl_normal(mu, log_var), squared_error(x, x_rec) / 2
         loss_e = introvae_loss_e(kl_real, kl_rec, kl_gen, error, c.margin, c.alpha, c.beta)
         self.update("E", loss_e)
         with m.autocast():
-            x_rec, x_gen = self.G(z.detach()), self.G(z_prior)      # the same codes, seen by the E that has just moved
-            kl_rec, kl_gen = (kl_normal(*self.posterior(made)) for made in (x_rec, x_gen))
+            x_rec, x_gen = (self.apart(self.G, y) for y in (z.detach(), z_prior))   # the same codes, for the E just moved
+            kl_rec, kl_gen = (kl_normal(*self.posterior(y, made=True)) for y in (x_rec, x_gen))
         loss_g = introvae_loss_g(kl_rec, kl_gen, squared_error(x, x_rec) / 2, c.alpha, c.beta)
         self.update("G", loss_g)
         return {"E": loss_e, "G": loss_g, "kl_real": kl_real.mean(), "kl_gen": kl_gen.mean(),
@@ -733,8 +751,9 @@ class AGE(Autoencoder):
     def groups(self):
         return {"E": [*self.E.parameters()], "G": [*self.G.parameters()]}
 
-    def code(self, x):
-        return project(self.E(x)) if self.config.prior == "sphere" else self.E(x)
+    def code(self, x, made=False):
+        z = self.apart(self.E, x) if made else self.E(x)
+        return project(z) if self.config.prior == "sphere" else z
 
     def update_all(self, x):
         c, m = self.config, self.machine
@@ -742,14 +761,14 @@ class AGE(Autoencoder):
             real = self.code(x)
             x_hat = self.G(real)
             with torch.no_grad():
-                made = self.G(self.prior(len(x)))
-            fake = self.code(made)
+                made = self.apart(self.G, self.prior(len(x)))
+            fake = self.code(made, made=True)
         loss_e = age_loss_e(real, fake, x, x_hat, c.age_mu)
         self.update("E", loss_e)
         for _ in range(c.age_steps):
             with m.autocast():
                 z = self.prior(len(x))
-                fake = self.code(self.G(z))
+                fake = self.code(self.apart(self.G, z), made=True)
             loss_g = age_loss_g(fake, z, c.age_lam)
             self.update("G", loss_g)
         return {"E": loss_e, "G": loss_g, "kl_real": kl_fit(real), "kl_fake": kl_fit(fake),
@@ -772,23 +791,23 @@ class ALAE(Autoencoder):
         return self.F(z).float()
 
     def update_all(self, x):
-        c, m, logit = self.config, self.machine, lambda y: self.D(self.E(y)).squeeze(1).float()
+        c, m, logit = self.config, self.machine, lambda w: self.D(w).squeeze(1).float()
         with m.autocast():
             with torch.no_grad():
                 made = self.G(self.to_code(self.prior(len(x))))
             seen = x.detach().requires_grad_()
-            real, fake = logit(seen), logit(made)
+            real, fake = logit(self.E(seen)), logit(self.apart(self.E, made))
         r1 = r1_penalty(real, seen)
         loss_d = gan_loss_d(real, fake)
         self.update("ED", loss_d + c.r1 / 2 * r1)
         with m.autocast():
-            fake = logit(self.G(self.to_code(self.prior(len(x)))))
+            fake = logit(self.apart(self.E, self.G(self.to_code(self.prior(len(x))))))
         loss_g = gan_loss_g(fake)
         self.update("FG", loss_g)
         with m.autocast():
             with torch.no_grad():
                 w = self.to_code(self.prior(len(x)))
-            w_hat = self.E(self.G(w))
+            w_hat = self.apart(self.E, self.G(w))
         reciprocity = reciprocity_loss(w, w_hat)
         self.update("AE", reciprocity)
         return {"D": loss_d, "r1": r1, "G": loss_g, "w": reciprocity}
@@ -1230,6 +1249,19 @@ def restore(state, model, batches, machine):
         machine.set_rng_state(state["rng"])
 
 
+def folder_of(args, default):
+    """The run's folder: `--out`, or the one that `--resume` names, by itself or by a checkpoint in it, or the default."""
+    resumed = args["resume"] and pathlib.Path(args["resume"])
+    return args["out"] or (resumed.parent if resumed and resumed.is_file() else resumed) or default
+
+
+def refuse(args, model, names):
+    """Raises UserError for a flag among `names` that was given: `model` has no use for it."""
+    for name in names:
+        if args[name] is not None:
+            raise UserError(f"--{name.replace('_', '-')} does nothing for --model {model}; leave it out")
+
+
 FREE = ("root", "steps", "epochs", "amp", "compile", "eval_every", "samples", "inception")  # may change on resuming
 
 
@@ -1480,11 +1512,13 @@ def evaluate(model, evaluator, run, step, epoch, test, classes, config):
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)                                        # evaluations compare models, not draws
         (figures_images if config.size else figures_points)(model, run, step, *test, classes)
-        metrics = evaluator(model.sample, model.reconstruct) if config.size else evaluator(model)
+        phase_1 = config.method == "latentmap" and not config.joint and step <= config.map_from
+        # in the first phase g has not been trained: what it makes says nothing
+        metrics = evaluator(None if phase_1 else model.sample, model.reconstruct) if config.size else evaluator(model)
         codes, protocol = code_metrics(model, test[0])
     metrics |= codes | {"protocol": "; ".join(part for part in (metrics["protocol"], protocol) if part)}
-    if config.method == "latentmap" and not config.joint and step <= config.map_from:
-        metrics["phase"] = "autoencoder"                            # g has not been trained: what it makes says nothing
+    if phase_1:
+        metrics["phase"] = "autoencoder"
     metrics["eval_s"] = round(time.time() - began, 1)
     run.log(step, epoch=round(epoch, 3), **metrics)
     lines = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
@@ -1561,6 +1595,12 @@ def draw(config, machine, state, folder, n):
     print(f"{n} samples of step {state['step']} in {folder}")
 
 
+def useless(config):
+    """The flags that mean nothing to `config.model`."""
+    return (() if config.method == "latentmap" else ("joint", "gamma", "lam", "omega1", "omega2")) \
+        + (() if config.method in ("latentmap", "aae") else ("recon",))
+
+
 def main(argv=None):
     """The command line; returns the exit code."""
     parser = Parser(prog=f"{FILE}.py", description=__doc__.splitlines()[0])
@@ -1578,6 +1618,7 @@ def main(argv=None):
     state = load_checkpoint(args["resume"], FILE) if args["resume"] else None
     config = settings(args, state, preset)
     config.check()
+    refuse(args, config.model, useless(config))
     machine = Machine(args["device"], config.amp, config.seed)
     if args["bench"]:
         config.channels = 2 if config.size == 0 else 1 if config.dataset in GREY else 3
@@ -1589,7 +1630,7 @@ def main(argv=None):
                          | benchmark(build(config, machine), x, args["bench"], config.compile)))
         return 0
     name = pathlib.Path(config.dataset).name
-    folder = args["out"] or args["resume"] or f"runs/{FILE}-{config.model}-{name}-s{config.seed}"
+    folder = folder_of(args, f"runs/{FILE}-{config.model}-{name}-s{config.seed}")
     if args["sample"]:
         draw(config, machine, state, folder, args["sample"])
     else:

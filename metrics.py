@@ -895,7 +895,7 @@ class Evaluator:
 
     @torch.no_grad()
     def __call__(self, sample, reconstruct=None):
-        """sample(n) -> (n, C, H, W) in [-1, 1]; reconstruct(x) -> like x, or None. Returns a flat dict:
+        """sample(n) -> (n, C, H, W) in [-1, 1], or None; reconstruct(x) -> like x, or None. Returns a flat dict:
 
         labelled sets: fcd, is, is_std, class_share (list), class_min, class_max, confident (share of samples with
         confidence > .9), is_real, classifier_accuracy; stacked sets: modes, kl (nats), modes_real, kl_real; with
@@ -906,7 +906,7 @@ class Evaluator:
         ValueError for samples that are not finite or of another shape.
         """
         with seeded(self.device, SEED):
-            result, protocol = self._score(sample)
+            result, protocol = self._score(sample) if sample else ({}, [])
             if reconstruct:
                 result["mse_pm1"] = self._reconstruction_error(reconstruct)
                 result["mse"] = result["mse_pm1"] / 4  # [-1, 1] is twice as wide as [0, 1]

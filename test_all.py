@@ -2268,7 +2268,10 @@ def test_probes_leave_the_frozen_networks_alone(tmp_path):
     (("--model", "ivaae-bw", "--t", 5), "--t 5 does not divide the latent dimension 16"),
     (("--model", "ivaae-rad", "--t", 0), "--t 0"),
     (("--model", "ivaae-rad", "--dataset", "cifar10", "--size", 32), "Table 4's networks are for 64 pixels"),
-    (("--model", "ivaae-svgd", "--batch", 2), "3 or more"),
+    (("--model", "aae", "--t", 4), "--model aae is IVAAE at t = 1"),
+    (("--model", "ivaae-bw", "--k", 2), "--k does nothing for --model ivaae-bw"),
+    (("--model", "wae-mmd", "--mu", 1), "--mu does nothing for --model wae-mmd"),
+    (("--model", "dcgan", "--t", 2), "--t does nothing for --model dcgan"),
     (("--probe", "classifier"), "--probe needs --resume RUN"),
 ])
 def test_ivaaes_bad_flags_end_in_a_sentence(flags, words, capsys):
@@ -3563,6 +3566,40 @@ def test_bad_latentmap_checkpoints_end_in_one_sentence(tmp_path, capsys):
     ends("damaged or truncated", whole[:len(whole) // 2])
     ends("written by aim.py", state | {"file": "aim"})
     ends("another shape", state | {"config": state["config"] | {"width": 16}})
+
+
+@pytest.mark.parametrize("model", ["latentmap", "introvae", "age", "alae"])
+def test_latentmaps_running_statistics_follow_data_and_their_codes_only(model):
+    """D10: with nothing learnt (lr 0), E's running means are those of data, and LatentMap's G's those of the data's codes."""
+    net, x = lm_small(model, "mnist", lr=0.)
+    twin, norms = copy.deepcopy(net), lambda n: [m for m in n.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    net.step(x)
+    twin.train()
+    code = twin.code(x) if model != "introvae" else twin.posterior(x)[0]
+    assert norms(net.E) and all(torch.allclose(a.running_mean, b.running_mean, atol=1e-5) and
+                                torch.allclose(a.running_var, b.running_var, atol=1e-5)
+                                for a, b in zip(norms(net.E), norms(twin.E)))
+    if model in ("latentmap", "age"):
+        twin.G(code)
+        assert all(torch.allclose(a.running_var, b.running_var, atol=1e-5) for a, b in zip(norms(net.G), norms(twin.G)))
+    assert all(m.momentum == .1 for m in norms(net))
+
+
+@pytest.mark.parametrize("module, flags", [
+    (aim, ("--model", "gan", "--lam", 1)), (aim, ("--k", 1)), (latentmap, ("--model", "vae", "--omega1", 1)),
+    (latentmap, ("--model", "age", "--recon", "l1")), (ivgen, ("--model", "ivaae-rad", "--ema", .9)),
+])
+def test_a_flag_without_effect_is_refused(module, flags, capsys):
+    assert cli(module, *flags) == 2
+    assert "does nothing for --model" in capsys.readouterr().err
+
+
+def test_a_checkpoint_inside_a_run_may_be_named(pictures, tmp_path):
+    """`--resume RUN/best.pt` draws from the best one, into the run's folder."""
+    run = tmp_path / "run"
+    assert cli(ivgen, *ivaae_flags(pictures, tmp_path, "--model", "ivaae-rad", "--steps", 2, "--out", run)) == 0
+    assert cli(ivgen, "--resume", run / "best.pt", "--sample", 3, "--device", "cpu") == 0
+    assert len(list((run / "drawn").glob("*.png"))) == 3
 
 
 # ======================================================================================================================
