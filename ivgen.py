@@ -932,13 +932,13 @@ def probe_classifier(model, batches, test_set, steps, every=100):
 def probe(config, machine, state, folder, which, steps=None):
     """`--probe`: one of the paper's two experiments on the finished run in `folder`; writes probe-NAME.jsonl and its figure.
 
-    `steps` iterations, else 1,000 (Figs. 2 and 3) or 3,000 (Fig. 5). Raises UserError where the model has no discriminator,
+    `--steps` iterations, else 1,000 (Figs. 2 and 3) or 3,000 (Fig. 5). Raises UserError where the model has no discriminator,
     the data no labels.
     """
     from data import Batches, load
 
     if steps is not None and steps < 1:
-        raise UserError(f"--probe-steps {steps} must be 1 or more")
+        raise UserError(f"--steps {steps}: a probe takes 1 or more")
     train_set, test_set = (load(config.dataset, config.root, config.size, split) for split in ("train", "test"))
     if config.bridge == "":
         raise UserError(f"--probe: {config.model} is not one of IVAAE's systems")
@@ -1557,8 +1557,7 @@ def main(argv=None):
     parser.add_argument("--d-norm", choices=("table1", "dcgan", "none"), help="batch normalisation in D (D2)")
     parser.add_argument("--t", type=int, metavar="X", help="IVAAE: bridge distributions")
     parser.add_argument("--e-loss", choices=("iv", "prior"), help="IVAAE: E's objective (D15)")
-    parser.add_argument("--probe", choices=("discriminator", "classifier"), help="with --resume: IVAAE's Figs. 2, 3; Fig. 5")
-    parser.add_argument("--probe-steps", type=int, metavar="X", help="iterations of a probe (1000; 3000)")
+    parser.add_argument("--probe", choices=("discriminator", "classifier"), help="with --resume: IVAAE's Figs. 2, 3; Fig. 5; --steps long")
     parser.add_argument("--ema", type=float, metavar="X", help="decay of an average of G's weights")
     args = vars(parser.parse_args(argv))
     for name in ("sample", "probe"):
@@ -1580,7 +1579,7 @@ def main(argv=None):
     name = pathlib.Path(config.dataset).name
     folder = folder_of(args, f"runs/{FILE}-{config.model}-{name}-s{config.seed}")
     if args["probe"]:
-        probe(config, machine, state, folder, args["probe"], args["probe_steps"])
+        probe(config, machine, state, folder, args["probe"], args["steps"])
     elif args["sample"]:
         draw(config, machine, state, folder, args["sample"])
     else:

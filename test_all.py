@@ -2237,7 +2237,7 @@ def test_an_ivaae_run_leaves_its_figures_and_numbers(model, pictures, tmp_path, 
     for name in ("samples/000002", "recon/000002", "figures/interpolations-000002", "figures/covariance-000002"):
         assert (run / f"{name}.png").stat().st_size > 0
     capsys.readouterr()
-    code = cli(ivgen, "--resume", run, "--probe", "discriminator", "--probe-steps", 3, "--device", "cpu")
+    code = cli(ivgen, "--resume", run, "--probe", "discriminator", "--steps", 3, "--device", "cpu")
     out = capsys.readouterr()
     if model == "wae-mmd":
         assert code == 2 and "has no discriminator" in out.err
