@@ -1557,7 +1557,8 @@ def main(argv=None):
     parser.add_argument("--d-norm", choices=("table1", "dcgan", "none"), help="batch normalisation in D (D2)")
     parser.add_argument("--t", type=int, metavar="X", help="IVAAE: bridge distributions")
     parser.add_argument("--e-loss", choices=("iv", "prior"), help="IVAAE: E's objective (D15)")
-    parser.add_argument("--probe", choices=("discriminator", "classifier"), help="with --resume: IVAAE's Figs. 2, 3; Fig. 5; --steps long")
+    parser.add_argument("--probe", choices=("discriminator", "classifier"),
+                        help="with --resume: IVAAE's Figs. 2 and 3, or 5; --steps long")
     parser.add_argument("--ema", type=float, metavar="X", help="decay of an average of G's weights")
     args = vars(parser.parse_args(argv))
     for name in ("sample", "probe"):
