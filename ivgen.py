@@ -939,11 +939,11 @@ def probe(config, machine, state, folder, which, steps=None):
 
     if steps is not None and steps < 1:
         raise UserError(f"--steps {steps}: a probe takes 1 or more")
-    train_set, test_set = (load(config.dataset, config.root, config.size, split) for split in ("train", "test"))
     if config.bridge == "":
         raise UserError(f"--probe: {config.model} is not one of IVAAE's systems")
     if which == "discriminator" and config.bridge == "mmd":
         raise UserError("--probe discriminator: wae-mmd has no discriminator")
+    train_set, test_set = (load(config.dataset, config.root, config.size, split) for split in ("train", "test"))
     if which == "classifier" and train_set.y is None:
         raise UserError(f"--probe classifier: {config.dataset} has no labels")
     model = build(config, machine)
