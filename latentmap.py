@@ -1327,6 +1327,7 @@ def versions():
 
 def compile_networks(model):
     """torch.compile, in place, of each network: state-dict keys stay what they were."""
+    torch._functorch.config.donated_buffer = False          # one forward is differentiated for several losses: keep it
     for network in model.children():
         network.compile()
 

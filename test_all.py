@@ -5,9 +5,11 @@ a run with the same run interrupted, the README's tables with the file of result
 `python test_all.py` rewrites those tables.
 """
 
+import contextlib
 import copy
 import dataclasses
 import datetime
+import functools
 import hashlib
 import io
 import itertools
@@ -29,6 +31,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
@@ -3616,6 +3619,69 @@ def test_plumbing_is_the_same_text_in_every_paper_file():
         return text[text.index("# Plumbing: "):text.index("# End of the plumbing")]
 
     assert len({plumbing(name) for name in PAPERS}) == 1 and len(plumbing("ivgen")) > 5000
+
+
+def any_model(module, model, kind):
+    """(a small model of `module` on pictures ("images") or points, a batch for it)."""
+    make = (small_ivaae if model in ivgen.IVAAE_MODELS else small) if module is ivgen else \
+        {aim: aim_small, latentmap: lm_small}[module]
+    return make(model, *(() if module is ivgen else ("mnist" if kind == "images" else "swissroll",)))[:2]
+
+
+@pytest.mark.parametrize("module, model, kind", [
+    (ivgen, "ivlsgan", "images"), (ivgen, "ivaae-bw", "images"), (aim, "aim", "images"), (aim, "alice-adv", "points"),
+    (latentmap, "latentmap", "points")])
+def test_compiled_networks_train_as_plain_ones(module, model, kind, monkeypatch):
+    """torch.compile's tracing and its backward graphs, without the minutes that generating code takes."""
+    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    (plain, x), (compiled, _) = any_model(module, model, kind), any_model(module, model, kind)
+    module.compile_networks(compiled)
+    seen = []
+    for net in (plain, compiled):
+        torch.manual_seed(3)
+        seen.append([{k: v.item() for k, v in net.step(x).items()} for _ in range(2)])
+    assert seen[0] == seen[1]
+    for (name, a), b in zip(plain.state_dict().items(), compiled.state_dict().values()):
+        assert not torch.is_tensor(a) or torch.equal(a, b), name
+
+
+EVERY_MODEL = [(ivgen, m, "images") for m in (*ivgen.MODELS, *ivgen.IVAAE_MODELS)] + [
+    (module, m, kind) for module in (aim, latentmap) for m in module.MODELS for kind in ("images", "points")]
+
+
+@pytest.mark.parametrize("module, model, kind", EVERY_MODEL)
+def test_no_tensor_of_a_step_is_left_on_the_cpu(module, model, kind, monkeypatch):
+    """On a pretended CUDA device: shapes and devices are followed, and checked at each operation, without numbers."""
+    def to(self, device=None, memory_format=None):                  # Module.to, which cannot move pretended tensors
+        for part in self.modules():
+            for name, p in (*part._parameters.items(), *part._buffers.items()):
+                if p is not None:
+                    moved = p.detach().to(device)
+                    where = part._parameters if name in part._parameters else part._buffers
+                    where[name] = torch.nn.Parameter(moved, p.requires_grad) if where is part._parameters else moved
+        return self
+
+    def grad(loss, inputs, *_, **__):                               # the engine itself wants a real device
+        loss = loss if torch.is_tensor(loss) else loss[0]
+        assert loss.device.type == "cuda"
+        return [torch.zeros_like(p) + loss.sum() for p in ([inputs] if torch.is_tensor(inputs) else inputs)]
+
+    net, x = any_model(module, model, kind)
+    machine = module.Machine()
+    machine.device, machine.autocast = torch.device("cuda:0"), contextlib.nullcontext
+    monkeypatch.setattr(torch.nn.Module, "to", to)
+    monkeypatch.setattr(torch.autograd, "grad", grad)
+    phases = [dict(map_from=10 ** 9), dict(map_from=0)] if module is latentmap else [{}]
+    with FakeTensorMode():
+        for phase in phases:
+            net = type(net)(dataclasses.replace(net.config, **phase), machine)
+            for _ in range(2):
+                losses = net.step(torch.zeros(x.shape, device="cuda"))
+            out = [*losses.values(), net.sample(2), net.decode(torch.zeros(2, net.config.latent))]
+            assert losses and {v.device.type for v in out} == {"cuda"}
+            if getattr(net, "E", None) is not None:
+                assert net.encode(torch.zeros(x.shape)).device.type == "cuda"   # images come from the CPU when evaluating
 
 
 @pytest.mark.parametrize("name", [*PAPERS, "metrics", "data"])
