@@ -294,6 +294,18 @@ def stack_images(images, prepare):
     return torch.stack(out)
 
 
+@contextmanager
+def full_float32():
+    """Without tf32, which would cost three digits; the switches are put back, for a training run may want it."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 class InceptionFeatures:
     """uint8 images -> (features (B, 2048), logits (B, 1008)), float32, with the genuine 2015 weights only.
 
@@ -320,12 +332,12 @@ class InceptionFeatures:
         for start in range(0, len(images), 64):  # 64 pictures of 299x299 take some 2 GB on their way through
             part = images[start : start + 64]
             x = stack_images(part, lambda u8: inception_input(u8.to(self.device), self.flavour))
-            # tf32 would cost three digits; the switch is put back, for a training run may want it
-            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            with full_float32():
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp == "bf16"):
                     parts.append(self.net(x.contiguous(memory_format=torch.channels_last)).float())
         features = torch.cat(parts)
-        return features, features @ self.net.fc.weight.T  # no bias: "logits_unbiased" of the original score
+        with full_float32():
+            return features, features @ self.net.fc.weight.T  # no bias: "logits_unbiased" of the original score
 
 
 # ====================================================================================================================
@@ -393,6 +405,7 @@ class Moments:
     def merge_ranks(self):
         """Over torch.distributed: every rank ends with the statistics of all rows of all ranks. Returns self."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
+            self.mean, self.scatter = reducible(self.mean), reducible(self.scatter)
             weighted = torch.cat([self.mean * self.n, self.mean.new_tensor([self.n])])
             torch.distributed.all_reduce(weighted)
             total = int(weighted[-1].item())
@@ -425,16 +438,21 @@ class Moments:
         return frechet_distance(self.mean.cpu(), self.cov.cpu(), other.mean.cpu(), other.cov.cpu())
 
 
+def reducible(x):
+    """x where the ranks can exchange it: NCCL knows CUDA tensors only."""
+    return x.cuda() if torch.distributed.get_backend() == "nccl" else x
+
+
 def gather_rows(x):
     """(n, ...) -> (N, ...): the rows of all ranks, for what needs the samples themselves (labels, codes, KID)."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return x
     counts = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(counts, len(x))  # ranks may hold different counts: pad, gather, cut
-    padded = torch.cat([x, x.new_zeros(max(counts) - len(x), *x.shape[1:])])
+    padded = reducible(torch.cat([x, x.new_zeros(max(counts) - len(x), *x.shape[1:])]))
     parts = [torch.empty_like(padded) for _ in counts]
     torch.distributed.all_gather(parts, padded)
-    return torch.cat([part[:n] for part, n in zip(parts, counts)])
+    return torch.cat([part[:n] for part, n in zip(parts, counts)]).to(x.device)
 
 
 def progress(what, done, total, began, step=1):
@@ -764,7 +782,7 @@ class Classifier(nn.Module):
 @contextmanager
 def seeded(device, seed):
     """Random numbers start from `seed` in here; afterwards the caller's go on as if nothing had happened."""
-    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if device.type == "cuda" else []):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
 
@@ -845,7 +863,7 @@ class ClassifierFeatures:
         import data
 
         x = stack_images(images, lambda u8: data.to_float(self._recolour(u8.to(self.device)), self.recipe["side"]))
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with full_float32():
             return self.net(x.contiguous(memory_format=torch.channels_last))
 
     def _recolour(self, u8):
