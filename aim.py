@@ -242,6 +242,13 @@ def slope(size):
     return .1 if size == 28 else .2                                 # Table 3; Table 4
 
 
+class AsImage(nn.Module):
+    """(B, d) -> (B, d, 1, 1), channels_last as the weights: of so small an image cuDNN could not tell."""
+
+    def forward(self, z):
+        return z[:, :, None, None].to(memory_format=torch.channels_last)
+
+
 class Generator(nn.Sequential):
     """G: z (B, d) -> images (B, C, S, S) in [-1, 1], or points (B, C)."""
 
@@ -256,7 +263,7 @@ class Generator(nn.Sequential):
                       *rows((up, 2 * w, w, 4, 2, 1, True, "relu"), (up, w, channels, 4, 2, 1, False, ""), slope=0, dims=2),
                       nn.Sigmoid(), Affine(2, -1)]
         else:                                                       # Table 4
-            layers = [nn.Unflatten(1, (latent, 1, 1)),
+            layers = [AsImage(),
                       *rows((up, latent, 8 * w, 4, 1, 0, True, "relu"), (up, 8 * w, 4 * w, 4, 2, 1, True, "relu"),
                             (up, 4 * w, 2 * w, 4, 2, 1, True, "relu"), (up, 2 * w, w, 4, 2, 1, True, "relu"),
                             (up, w, channels, 4, 2, 1, False, ""), slope=0, dims=2), nn.Tanh()]
@@ -685,7 +692,8 @@ class Machine:
             # rank 0 evaluates while the others wait, hence the long timeout
             dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=4))
         if amp == "auto":
-            native = torch.cuda.is_bf16_supported() if cuda else getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+            native = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else \
+                getattr(torch.cpu, "_is_amx_tile_supported", bool)()
             amp = "bf16" if native else "off"
         self.amp, self.dtype = amp, {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
@@ -712,8 +720,8 @@ class Machine:
             dist.all_reduce(flat)
             pieces = (flat / self.world).split([g.numel() for _, g in reached])
             reached = [(p, piece.view_as(g)) for (p, g), piece in zip(reached, pieces)]
-        for p, g in reached:
-            p.grad = g
+        for p, g in reached:                                # fused Adam walks memory: a gradient must lie as its weight does,
+            p.grad = g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)    # which autograd.grad does not promise
         if reached:
             self.scaler.step(optimiser)
         optimiser.zero_grad(set_to_none=True)
@@ -732,6 +740,13 @@ class Machine:
     def barrier(self):
         if self.world > 1:
             dist.barrier()
+
+    def in_turn(self, make):
+        """make(), on one rank of each host first, so that the others find what it has downloaded or cached."""
+        first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+        made = make() if first else None
+        self.barrier()
+        return made if first else make()
 
     def rng_state(self):
         """[state of the generators] of every rank, as tensors (a checkpoint holds nothing else)."""
@@ -901,7 +916,8 @@ def restore(state, model, batches, machine):
     except (RuntimeError, ValueError, KeyError) as error:
         raise UserError("--resume: the checkpoint's networks are of another shape than the settings ask for ("
                         + str(error).strip().splitlines()[-1].strip() + ")") from None
-    machine.scaler.load_state_dict(state["scaler"])
+    if state["scaler"]:                                     # empty where the run was not of fp16 so far
+        machine.scaler.load_state_dict(state["scaler"])
     if batches is not None:
         batches.load_state_dict(state["batches"])
         machine.set_rng_state(state["rng"])
@@ -1006,7 +1022,8 @@ def benchmark(model, x, steps, compiled=False):
     """images/s, FLOP/s and peak memory of `model.step(x)` over `steps` timed steps after three to warm up."""
     cuda, seconds = x.device.type == "cuda", 0.0
     with CountFlops() as counter:                           # before compiling, which hides single operations
-        model.step(x)
+        for _ in range(5):                                  # not every step need be alike: WGAN's G moves at each fifth
+            model.step(x)
     if compiled:
         compile_networks(model)
     for n in range(steps + 3):
@@ -1021,8 +1038,8 @@ def benchmark(model, x, steps, compiled=False):
     seconds = (time.perf_counter() - seconds) / steps
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"images_per_s": round(len(x) / seconds, 1), "ms_per_step": round(seconds * 1e3, 2), "batch": len(x),
-            "gflop_per_step": float(f"{counter.total / 1e9:.4g}"),
-            "tflop_per_s": float(f"{counter.total / seconds / 1e12:.3g}"), "peak_memory_mib": peak >> 20}
+            "gflop_per_step": float(f"{counter.total / 5e9:.4g}"),
+            "tflop_per_s": float(f"{counter.total / 5 / seconds / 1e12:.3g}"), "peak_memory_mib": peak >> 20}
 
 
 def save_grid(path, x, columns=10):
@@ -1194,7 +1211,8 @@ def train(config, machine, folder, state=None):
     from data import Batches, load, ordered
     from metrics import Evaluator
 
-    train_set, test_set = (load(config.dataset, config.root, config.size or None, split) for split in ("train", "test"))
+    train_set, test_set = machine.in_turn(lambda: [load(config.dataset, config.root, config.size or None, split)
+                                                   for split in ("train", "test")])
     batches = Batches(train_set, config.batch, machine.device, config.size or None, config.seed, machine.rank, machine.world)
     config.channels, config.steps_per_epoch = train_set.x.shape[1] if config.size == 0 else train_set.channels, \
         batches.steps_per_epoch

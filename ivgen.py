@@ -427,12 +427,19 @@ def convolutions(channels, size, width, norm_first, norm=True):
     return nn.Sequential(*layers)
 
 
+class AsImage(nn.Module):
+    """(B, d) -> (B, d, 1, 1), channels_last as the weights: of so small an image cuDNN could not tell."""
+
+    def forward(self, z):
+        return z[:, :, None, None].to(memory_format=torch.channels_last)
+
+
 class Generator(nn.Sequential):
     """G of Table 1: z (B, d) -> images (B, C, S, S) in [-1, 1]."""
 
     def __init__(self, latent=100, channels=3, size=64, width=64):
         c = width << (stages(size) - 1)                             # 512 at the paper's width and size
-        layers = [nn.Unflatten(1, (latent, 1, 1)), nn.ConvTranspose2d(latent, c, 4, 1, 0, bias=False)]  # 1 -> 4
+        layers = [AsImage(), nn.ConvTranspose2d(latent, c, 4, 1, 0, bias=False)]                # 1 -> 4
         for _ in range(stages(size) - 1):
             layers += [nn.BatchNorm2d(c), nn.ReLU(inplace=True), nn.ConvTranspose2d(c, c // 2, 4, 2, 1, bias=False)]
             c //= 2
@@ -582,6 +589,7 @@ class IVGAN(Coder):
         if move_g:                                                  # have since moved has no gradient to give
             losses |= self.step_g_and_e(x, images)
             for _ in range(c.e_steps - 1 if self.E is not None else 0):  # D4: E has moved, so its codes are new
+                m.end_step()
                 with m.autocast():
                     images = self.forwards(x, prior=False)
                 losses |= self.step_g_and_e(x, images)
@@ -657,7 +665,8 @@ class IVGAN(Coder):
     def update_average(self):
         """G's exponential moving average (`--ema`; ours, off by default)."""
         if self.average is not None:
-            torch._foreach_lerp_(list(self.average.parameters()), list(self.G.parameters()), 1 - self.config.ema)
+            with torch.no_grad():
+                torch._foreach_lerp_(list(self.average.parameters()), list(self.G.parameters()), 1 - self.config.ema)
             for mean, now in zip(self.average.buffers(), self.G.buffers()):
                 mean.copy_(now)
 
@@ -888,11 +897,12 @@ def probe_discriminator(model, batches, steps):
         x = next(batches)[0]
         with m.autocast():
             z = model.E(x).float()
-            chain = model.bridges(z)
+        chain = model.bridges(z)
+        with m.autocast():
             logits = model.judge(chain)
             objectives = {"gradient": -logits[0].log_softmax(1)[:, -1].mean(), "gradient_iv": model.encoder_loss(logits)}
-        norms = {name: sum(g.float().square().sum() for g in torch.autograd.grad(loss, params, retain_graph=True)).sqrt().item()
-                 for name, loss in objectives.items()}
+        norms = {name: sum(g.float().square().sum() for g in m.gradients(loss, params, retain=True)).sqrt().item()
+                 / m.scaler.get_scale() for name, loss in objectives.items()}
         lines.append({"iteration": n, "loss": model.step_d([part.detach() for part in chain])["d_iv"].item()} | norms)
         m.end_step()
         if not all(map(math.isfinite, lines[-1].values())):
@@ -1021,7 +1031,8 @@ class Machine:
             # rank 0 evaluates while the others wait, hence the long timeout
             dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=4))
         if amp == "auto":
-            native = torch.cuda.is_bf16_supported() if cuda else getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+            native = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else \
+                getattr(torch.cpu, "_is_amx_tile_supported", bool)()
             amp = "bf16" if native else "off"
         self.amp, self.dtype = amp, {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
@@ -1048,8 +1059,8 @@ class Machine:
             dist.all_reduce(flat)
             pieces = (flat / self.world).split([g.numel() for _, g in reached])
             reached = [(p, piece.view_as(g)) for (p, g), piece in zip(reached, pieces)]
-        for p, g in reached:
-            p.grad = g
+        for p, g in reached:                                # fused Adam walks memory: a gradient must lie as its weight does,
+            p.grad = g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)    # which autograd.grad does not promise
         if reached:
             self.scaler.step(optimiser)
         optimiser.zero_grad(set_to_none=True)
@@ -1068,6 +1079,13 @@ class Machine:
     def barrier(self):
         if self.world > 1:
             dist.barrier()
+
+    def in_turn(self, make):
+        """make(), on one rank of each host first, so that the others find what it has downloaded or cached."""
+        first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+        made = make() if first else None
+        self.barrier()
+        return made if first else make()
 
     def rng_state(self):
         """[state of the generators] of every rank, as tensors (a checkpoint holds nothing else)."""
@@ -1237,7 +1255,8 @@ def restore(state, model, batches, machine):
     except (RuntimeError, ValueError, KeyError) as error:
         raise UserError("--resume: the checkpoint's networks are of another shape than the settings ask for ("
                         + str(error).strip().splitlines()[-1].strip() + ")") from None
-    machine.scaler.load_state_dict(state["scaler"])
+    if state["scaler"]:                                     # empty where the run was not of fp16 so far
+        machine.scaler.load_state_dict(state["scaler"])
     if batches is not None:
         batches.load_state_dict(state["batches"])
         machine.set_rng_state(state["rng"])
@@ -1342,7 +1361,8 @@ def benchmark(model, x, steps, compiled=False):
     """images/s, FLOP/s and peak memory of `model.step(x)` over `steps` timed steps after three to warm up."""
     cuda, seconds = x.device.type == "cuda", 0.0
     with CountFlops() as counter:                           # before compiling, which hides single operations
-        model.step(x)
+        for _ in range(5):                                  # not every step need be alike: WGAN's G moves at each fifth
+            model.step(x)
     if compiled:
         compile_networks(model)
     for n in range(steps + 3):
@@ -1357,8 +1377,8 @@ def benchmark(model, x, steps, compiled=False):
     seconds = (time.perf_counter() - seconds) / steps
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"images_per_s": round(len(x) / seconds, 1), "ms_per_step": round(seconds * 1e3, 2), "batch": len(x),
-            "gflop_per_step": float(f"{counter.total / 1e9:.4g}"),
-            "tflop_per_s": float(f"{counter.total / seconds / 1e12:.3g}"), "peak_memory_mib": peak >> 20}
+            "gflop_per_step": float(f"{counter.total / 5e9:.4g}"),
+            "tflop_per_s": float(f"{counter.total / 5 / seconds / 1e12:.3g}"), "peak_memory_mib": peak >> 20}
 
 
 def save_grid(path, x, columns=10):
@@ -1491,7 +1511,8 @@ def train(config, machine, folder, state=None):
     from data import Batches, load, ordered
     from metrics import Evaluator
 
-    train_set, test_set = (load(config.dataset, config.root, config.size, split) for split in ("train", "test"))
+    train_set, test_set = machine.in_turn(lambda: [load(config.dataset, config.root, config.size, split)
+                                                   for split in ("train", "test")])
     if train_set.kind != "images":
         raise UserError(f"--dataset {config.dataset} holds points; ivgen.py needs images")
     batches = Batches(train_set, config.batch, machine.device, config.size, config.seed, machine.rank, machine.world)

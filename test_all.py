@@ -1703,6 +1703,7 @@ def test_ema_averages_g_and_is_what_samples():
     model.step(x)
     for mean, a, b in zip(model.average.parameters(), start, model.G.parameters()):
         torch.testing.assert_close(mean, (a + b) / 2)
+        assert mean.is_leaf                                         # no graph that grows with every step
     model.average.eval()
     assert torch.equal(model.decode(z), model.average(z))
 
@@ -1873,6 +1874,46 @@ def test_two_processes_train_one_model(pictures, tmp_path):
     state = torch.load(run / "last.pt", weights_only=True)
     assert state["step"] == 4 and len(state["rng"]) == 2 and not torch.equal(state["rng"][0][0], state["rng"][1][0])
     assert json.loads((run / "config.json").read_text())["world"] == 2
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_gradient_is_applied_to_its_own_weights_however_it_lies(world, monkeypatch):
+    """Fused Adam walks memory: of a gradient laid out otherwise than its weight it would apply each number to another."""
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda t: t.mul_(2))       # as if the other rank had the same
+    start, g = torch.randn(4, 3, 4, 4), torch.randn(4, 3, 4, 4)
+    after = []
+    for layout, fused in ((torch.contiguous_format, False), (torch.channels_last, True)):
+        p = torch.nn.Parameter(start.clone(memory_format=layout))
+        optimiser, machine = torch.optim.Adam([p], .1, fused=fused), ivgen.Machine()
+        machine.world = world
+        for n in range(3):
+            machine.apply(optimiser, [p], [g.cos() * n + g])        # contiguous
+        after.append(p.detach())
+    torch.testing.assert_close(after[1], after[0])
+
+
+def test_two_ranks_with_one_batch_are_one_rank(monkeypatch):
+    """A whole step of a convolutional model through the averaging of ranks, with equal ranks."""
+    states = []
+    for world in (1, 2):
+        model, x = small("ivlsgan")
+        model.machine.world = world
+        monkeypatch.setattr(torch.distributed, "all_reduce", lambda t: t.mul_(2))
+        torch.manual_seed(2)
+        model.step(x)
+        states.append([p.detach() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*states))
+
+
+def test_half_precision_steps_e_twice_and_can_be_switched_to(pictures, tmp_path, capsys):
+    """Loss scaling allows an optimiser one step an update; a run without it has nothing of it in its checkpoint."""
+    run = tmp_path / "run"
+    assert cli(ivgen, *quick(pictures, tmp_path, "--steps", 2, "--out", run)) == 0
+    assert cli(ivgen, "--resume", run, "--steps", 4, "--amp", "fp16") == 0, capsys.readouterr().err
+    assert json.loads((run / "config.json").read_text())["precision"] == "fp16"
+    model, x = small("ivlsgan", e_steps=3)
+    model = ivgen.IVGAN(model.config, ivgen.Machine("cpu", "fp16"))
+    assert all(v.isfinite() for v in model.step(x).values())
 
 
 BAD_FLAGS = {
