@@ -42,14 +42,15 @@ Where this file departs from the papers, or had to choose (D1... here, D14... fo
   D5  ||.||_1 of Eq. (6) is the mean absolute error: summed over 12,288 pixels it would drown the other terms.
   D6  In Eq. (6) z is E(x), as everywhere else in Sec. 3, so x_i serves the second reconstruction and the classifier both.
   D7  Instance noise (Sec. 5: "variance is decayed", no numbers): the authors' standard deviations, at the same fractions of
-      training as theirs of 400 epochs; on real and generated images, IV models only. Config.noise scales it, 0 switches it off.
+      training as theirs of 400 epochs (so a longer `--steps` on resuming stretches them); on real and generated images, IV
+      models only, but on `digits`, whose settings are ours, all alike and constant. Config.noise scales it, 0 switches it off.
   D8  The authors' code uses Adam 2e-4 / 1e-2 on CIFAR-10: `--lr 2e-4` (E's rate keeps the paper's ratio of 50).
   D9  MRGAN: L_G + .25 ||x - G(E(x))||_1 + .25 [-log D(G(E(x)))]; the authors' code has the last sign reversed.
   D10 WGAN (RMSprop 5e-5, clip .01) and WGAN-GP (Adam 1e-4, betas (0, .9), penalty 10) use their own papers' settings; G moves
       every fifth step, so that each critic step sees a fresh batch.
-  D11 Adversarial losses of D are averaged over the 2n real and generated images (Alg. 1, line 10: alpha / 2n).
+  D11 DCGAN's and LSGAN's losses of D are averaged over the 2n real and generated images (Alg. 1, line 10: alpha / 2n).
   D12 G sees batches of prior noise and of codes. Its running BN statistics, which `sample` uses, follow the former only: with
-      all of them mixed in, samples would be decoded with statistics that belong to neither.
+      all of them mixed in, samples would be decoded with statistics that belong to neither. E's follow data, not G(O_i(E(x))).
   D13 `--mu` and `--lam` set G's and D's weights and keep E's in the paper's proportion to them (2 and 4), so that `--mu 0` is
       Table 4's "without the intervention loss".
 
@@ -181,7 +182,7 @@ class Config:
             self.check_ivaae()
         elif self.size < 32 or self.size & (self.size - 1):
             raise UserError(f"--size {self.size} is not a power of two from 32 up (the networks halve it down to 4)")
-        elif self.k < 2 or self.latent % self.k:
+        elif self.model in ("ivdcgan", "ivlsgan") and (self.k < 2 or self.latent % self.k):
             raise UserError(f"--k {self.k} does not divide the latent dimension {self.latent} into blocks (2 or more)")
         for name, least in (("batch", 2), ("width", 1), ("latent", 2), ("e_steps", 1), ("samples", 10), ("epochs", 1e-9)):
             if not getattr(self, name) >= least:
@@ -564,19 +565,20 @@ class IVGAN(Coder):
         if prior:
             out["x_z"] = self.G(torch.randn(len(x), c.latent, device=x.device))
         if self.E is not None:
-            self.follow(momentum=0.)                                # D12: running statistics are the prior's
+            self.follow(self.G, 0.)                                 # D12: running statistics are the prior's
             w = self.E(x).float()                                   # (B, C, S, S) -> (B, d)
-            out["x_w"] = self.G(w)                                  # the reconstruction G(E(x))
+            if c.lam or c.lam_e or c.mode_regularised:
+                out["x_w"] = self.G(w)                              # the reconstruction G(E(x))
             if not c.mode_regularised:
                 out["w_i"], out["index"] = self.intervene(w)
                 out["x_i"] = self.G(out["w_i"])                     # x' = G(O_i(E(x)))
-            self.follow(momentum=.1)
+            self.follow(self.G, .1)
         return out
 
-    def follow(self, momentum):
-        """How far G's running BN statistics, which `decode` uses, move towards those of each batch it sees next."""
-        for module in self.G:
-            if isinstance(module, nn.BatchNorm2d):
+    def follow(self, network, momentum):
+        """How far the running BN statistics, which `decode` and `encode` use, move towards those of each batch seen next."""
+        for module in network.modules():
+            if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
                 module.momentum = momentum
 
     def step(self, x):
@@ -605,7 +607,7 @@ class IVGAN(Coder):
         with m.autocast():
             losses = {"d_adv": adversarial_loss_d(c.base, self.D(real)[0], self.D(fake)[0])}
             total = losses["d_adv"]
-            if "x_i" in images:
+            if "x_i" in images and c.mu:
                 losses["f_ce"] = classification_loss(self.D(images["x_i"].detach())[1], images["index"])
                 total = total + c.mu * losses["f_ce"]               # gradient descent on -log f: f learns to tell
             if c.base == "wgan-gp":
@@ -633,13 +635,16 @@ class IVGAN(Coder):
         with m.autocast():
             if "x_z" in cut:
                 losses["g_adv"] = adversarial_loss_g(c.base, self.D(self.noisy(cut["x_z"]))[0])
-            if e:
+            if "x_w" in cut and (c.lam or c.lam_e):
                 losses["rec_x"] = recon = reconstruction_loss(cut["x_w"], x)                # Eq. (6), first term
             if e and c.mode_regularised:
-                losses["mode"] = extra = adversarial_loss_g("dcgan", self.D(cut["x_w"])[0])  # MRGAN (D9)
-            elif e:
+                losses["mode"] = extra = adversarial_loss_g("dcgan", self.D(self.noisy(cut["x_w"]))[0])  # MRGAN (D9)
+            elif e and recon is not None:
+                self.follow(self.E, 0.)                                                     # D12
                 losses["rec_z"] = reconstruction_loss(self.E(cut["x_i"]), cut["w_i"])       # Eq. (6), second term
+                self.follow(self.E, .1)
                 recon = recon + losses["rec_z"]
+            if e and not c.mode_regularised and (c.mu or c.mu_e):
                 losses["iv"] = extra = -classification_loss(self.D(cut["x_i"])[1], images["index"])  # Eq. (3)
         leaves, ends = list(cut.values()), [images[name] for name in cut]
         terms = [m.gradients(loss, leaves + e) if loss is not None else [None] * len(leaves + e)
@@ -1164,8 +1169,7 @@ class Run:
         self.losses += [(step, name, value.detach().float()) for name, value in losses.items()]
 
     def flush(self):
-        """Mean losses since the last flush. Raises NotFinite with the first bad step and term; called before each save,
-        so that a checkpoint never holds weights from after a NaN."""
+        """Mean losses since the last flush. Raises NotFinite with the first bad step and term."""
         if not self.losses:
             return {}
         values, means = torch.stack([value for _, _, value in self.losses]).tolist(), {}
@@ -1265,28 +1269,45 @@ def restore(state, model, batches, machine):
 def folder_of(args, default):
     """The run's folder: `--out`, or the one that `--resume` names, by itself or by a checkpoint in it, or the default."""
     resumed = args["resume"] and pathlib.Path(args["resume"])
-    return args["out"] or (resumed.parent if resumed and resumed.is_file() else resumed) or default
+    resumed = resumed.parent if resumed and resumed.is_file() else resumed
+    out = args["out"] and pathlib.Path(args["out"])
+    if out and resumed and (out / "config.json").exists() and out.resolve() != resumed.resolve():
+        raise UserError(f"--out {out} holds another run; give a new folder, or leave it out to go on in {resumed}")
+    return out or resumed or default
 
 
-def refuse(args, model, names):
-    """Raises UserError for a flag among `names` that was given: `model` has no use for it."""
+def refuse(args, config, names):
+    """Raises UserError for a flag among `names` that was given: the model has no use for it."""
     for name in names:
         if args[name] is not None:
-            raise UserError(f"--{name.replace('_', '-')} does nothing for --model {model}; leave it out")
+            raise UserError(f"--{name.replace('_', '-')} does nothing for --model {config.model} on {config.dataset}; "
+                            "leave it out")
 
 
 FREE = ("root", "steps", "epochs", "amp", "compile", "eval_every", "samples", "inception")  # may change on resuming
+
+
+def at_least(least, kind=int):
+    """A flag's type: numbers from `least` up, and below 2^63 (so no infinity)."""
+    def convert(text):
+        value = kind(text)
+        if not least <= value < 2 ** 63:
+            raise argparse.ArgumentTypeError(f"{text} must be a number from {least} up")
+        return value
+    convert.__name__ = kind.__name__
+    return convert
 
 
 def shared_flags(parser, models):
     """The flags that mean the same in all three files. None where not given: the preset, or the resumed run, decides."""
     for name, kind, text in (
             ("model", str, ", ".join(models)), ("dataset", str, "a name (python data.py --help) or a folder of pictures"),
-            ("root", str, "where data sets lie or are downloaded to (data)"), ("steps", int, "training steps"),
-            ("epochs", float, "training length where --steps is not given"), ("batch", int, "images per step and rank"),
-            ("size", int, "pixels"), ("width", int, "channels of the first layer"), ("latent", int, "code dimensions"),
-            ("lr", float, "learning rate (networks with rates of their own keep the ratio)"), ("seed", int, "(0)"),
-            ("eval-every", int, "steps between evaluations"), ("samples", int, "generated images per evaluation"),
+            ("root", str, "where data sets lie or are downloaded to (data)"), ("steps", at_least(1), "training steps"),
+            ("epochs", at_least(0, float), "training length where --steps is not given"),
+            ("batch", int, "images per step and rank"), ("size", int, "pixels"),
+            ("width", int, "channels of the first layer"), ("latent", int, "code dimensions"),
+            ("lr", float, "learning rate (networks with rates of their own keep the ratio)"), ("seed", at_least(0), "(0)"),
+            ("eval-every", at_least(1), "steps between evaluations"), ("samples", int, "generated images per evaluation"),
             ("inception", str, "weights for fid: a path, or 'auto' to download")):
         parser.add_argument(f"--{name}", type=kind, metavar="X", help=text)
     parser.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), help="autocast (auto: bf16 where native)")
@@ -1294,8 +1315,8 @@ def shared_flags(parser, models):
     parser.add_argument("--device", default="auto", metavar="X", help="auto, cpu, cuda, cuda:1")
     parser.add_argument("--out", metavar="DIR", help="folder of the run (runs/FILE-MODEL-DATASET-sSEED)")
     parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
-    parser.add_argument("--sample", type=int, metavar="N", help="with --resume: only draw N samples into RUN/drawn")
-    parser.add_argument("--bench", type=int, metavar="N", help="only time N steps; prints JSON")
+    parser.add_argument("--sample", type=at_least(1), metavar="N", help="with --resume: only draw N samples into RUN/drawn")
+    parser.add_argument("--bench", type=at_least(1), metavar="N", help="only time N steps; prints JSON")
 
 
 def settings(args, state, preset):
@@ -1345,6 +1366,18 @@ def compile_networks(model):
         network.compile()
 
 
+def load_both(config, machine):
+    """The training and the test set of `config.dataset` (data.Dataset). Raises UserError if they do not go together."""
+    from data import load
+
+    train_set, test_set = machine.in_turn(lambda: [load(config.dataset, config.root, config.size or None, split)
+                                                   for split in ("train", "test")])
+    if train_set.kind == "images" and train_set.channels != test_set.channels:
+        raise UserError(f"--dataset {config.dataset}: training pictures have {train_set.channels} channels, test pictures "
+                        f"{test_set.channels}; make all grey or all coloured")
+    return train_set, test_set
+
+
 class CountFlops(TorchDispatchMode):
     """Floating-point operations of the convolutions and matrix products run under it, backwards included."""
 
@@ -1386,6 +1419,20 @@ def save_grid(path, x, columns=10):
     torchvision.utils.save_image(x.float().cpu(), path, nrow=columns, normalize=True, value_range=(-1, 1), padding=1)
 
 
+def draw_images(model, folder, n):
+    """n samples as FOLDER/drawn/NNNNNN.png, without those of an earlier call, and the first hundred as FOLDER/drawn.png."""
+    drawn = pathlib.Path(folder) / "drawn"
+    drawn.mkdir(parents=True, exist_ok=True)
+    for old in drawn.glob("*.png"):
+        old.unlink()
+    for start in range(0, n, 250):
+        images = model.sample(min(250, n - start))
+        if start == 0:
+            save_grid(drawn.with_suffix(".png"), images[:100])
+        for i, image in enumerate(images, start):
+            torchvision.utils.save_image(image, drawn / f"{i:06d}.png", normalize=True, value_range=(-1, 1))
+
+
 def draw_curves(path, curves, title):
     """{name: [(x, y), ...]} as line plots over one pair of axes, y from 0; a PNG, drawn with pillow."""
     from PIL import Image, ImageDraw
@@ -1421,14 +1468,18 @@ def loop(config, machine, model, batches, run, start, best, evaluate):
     for step in range(start + 1, config.steps + 1):
         run.add(step, model.step(next(batches)[0]))
         leave, last, epoch = run.interrupted(step), step == config.steps, step / batches.steps_per_epoch
-        if step % LOG_EVERY == 0 or last or leave:
+        evaluated = step % config.eval_every == 0 or last
+        saved = evaluated or step % SAVE_EVERY == 0 or leave
+        if step % LOG_EVERY == 0 or saved:                          # a loss that is not finite ends the run here
             losses, rate = run.flush(), run.rate(step, config.batch)
             run.log(step, epoch=round(epoch, 3), img_per_s=rate, **losses)
             text = "  ".join(f"{k} {v:.3f}" for k, v in losses.items()) + f"  {rate:.0f} img/s"
         run.status(step, config.steps, text)
-        evaluated = step % config.eval_every == 0 or last
+        bad = saved and next((name for name, p in model.named_parameters() if not p.isfinite().all()), None)
+        if bad:                                                     # its last update: the losses have not shown it yet
+            raise NotFinite(f"step {step}: the weights '{bad}' are not finite; the last good checkpoint is "
+                            f"{run.folder / 'last.pt'}")
         if evaluated:
-            run.flush()                                             # a loss that is not finite ends the run here
             if machine.rank == 0:
                 metrics = evaluate(step, epoch)
                 run.say(step, metrics)
@@ -1438,8 +1489,7 @@ def loop(config, machine, model, batches, run, start, best, evaluate):
                 best = score
                 run.save("best.pt", FILE, model, step, batches, dataclasses.asdict(config), best)
             run.since, run.counted = time.time(), step              # images/s are of training alone
-        if evaluated or step % SAVE_EVERY == 0 or leave:
-            run.flush()
+        if saved:
             run.save("last.pt", FILE, model, step, batches, dataclasses.asdict(config), best)
         if leave:
             raise Interrupted(f"stopped at step {step} and saved; continue with --resume {run.folder}", run.signal)
@@ -1508,24 +1558,21 @@ def score_of(metrics):
 
 def train(config, machine, folder, state=None):
     """Trains `config` in `folder`, from a checkpoint's `state` if given. Returns the last evaluation's metrics."""
-    from data import Batches, load, ordered
+    from data import Batches, ordered
     from metrics import Evaluator
 
-    train_set, test_set = machine.in_turn(lambda: [load(config.dataset, config.root, config.size, split)
-                                                   for split in ("train", "test")])
+    train_set, test_set = load_both(config, machine)
     if train_set.kind != "images":
         raise UserError(f"--dataset {config.dataset} holds points; ivgen.py needs images")
     batches = Batches(train_set, config.batch, machine.device, config.size, config.seed, machine.rank, machine.world)
     config.channels, config.steps_per_epoch = train_set.channels, batches.steps_per_epoch
     config.steps = config.steps or math.ceil(config.epochs * batches.steps_per_epoch)
     config.eval_every = config.eval_every or max(1, min(10 * batches.steps_per_epoch, config.steps // 12))
-    if config.inception and config.samples == Config.samples and not config.bridge:        # Table 2's, unless --samples
-        config.samples = FID_SAMPLES.get(config.dataset, 50_000)
     config.check()
     model, start, best = build(config, machine), 0, None
-    run = Run(folder, dataclasses.asdict(config), machine, resume=state is not None)
     evaluator = Evaluator(train_set, test_set, config.size, machine.device, config.root, config.samples,
                           config.inception or None) if machine.rank == 0 else None
+    run = Run(folder, dataclasses.asdict(config), machine, resume=state is not None)
     x_test = next(ordered(test_set, 100, 100, "cpu", config.size))[0]
     machine.seed_ranks()
     if state is not None:
@@ -1549,21 +1596,15 @@ def draw(config, machine, state, folder, n):
     model = build(config, machine)
     restore(state, model, None, machine)
     machine.seed_ranks()
-    folder = pathlib.Path(folder) / "drawn"
-    folder.mkdir(parents=True, exist_ok=True)
-    for start in range(0, n, 250):
-        images = model.sample(min(250, n - start))
-        if start == 0:
-            save_grid(folder.parent / "drawn.png", images[:100])
-        for i, image in enumerate(images, start):
-            torchvision.utils.save_image(image, folder / f"{i:06d}.png", normalize=True, value_range=(-1, 1))
-    print(f"{n} samples of step {state['step']} in {folder}")
+    draw_images(model, folder, n)
+    print(f"{n} samples of step {state['step']} in {pathlib.Path(folder) / 'drawn'}")
 
 
 def useless(config):
     """The flags that mean nothing to `config.model`."""
     if not config.bridge:
-        return ("t", "e_loss")
+        unused = {"mrgan": ("k", "e_sign"), "ivdcgan": (), "ivlsgan": ()}
+        return ("t", "e_loss", *unused.get(config.model, ("k", "mu", "lam", "e_steps", "e_sign")))
     return ("ema", "k", "e_steps", "e_sign", "d_norm") + (("t", "e_loss", "mu") if config.bridge == "mmd" else ())
 
 
@@ -1588,8 +1629,10 @@ def main(argv=None):
             raise UserError(f"--{name} needs --resume RUN, a finished run")
     state = load_checkpoint(args["resume"], FILE) if args["resume"] else None
     config = settings(args, state, preset)
+    if args["inception"] and args["samples"] is None and not config.bridge:
+        config.samples = FID_SAMPLES.get(config.dataset, 50_000)
     config.check()
-    refuse(args, config.model, useless(config))
+    refuse(args, config, useless(config))
     machine = Machine(args["device"], config.amp, config.seed)
     if args["bench"]:
         config.channels = 1 if config.dataset in GREY else 3

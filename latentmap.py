@@ -1160,8 +1160,7 @@ class Run:
         self.losses += [(step, name, value.detach().float()) for name, value in losses.items()]
 
     def flush(self):
-        """Mean losses since the last flush. Raises NotFinite with the first bad step and term; called before each save,
-        so that a checkpoint never holds weights from after a NaN."""
+        """Mean losses since the last flush. Raises NotFinite with the first bad step and term."""
         if not self.losses:
             return {}
         values, means = torch.stack([value for _, _, value in self.losses]).tolist(), {}
@@ -1261,28 +1260,45 @@ def restore(state, model, batches, machine):
 def folder_of(args, default):
     """The run's folder: `--out`, or the one that `--resume` names, by itself or by a checkpoint in it, or the default."""
     resumed = args["resume"] and pathlib.Path(args["resume"])
-    return args["out"] or (resumed.parent if resumed and resumed.is_file() else resumed) or default
+    resumed = resumed.parent if resumed and resumed.is_file() else resumed
+    out = args["out"] and pathlib.Path(args["out"])
+    if out and resumed and (out / "config.json").exists() and out.resolve() != resumed.resolve():
+        raise UserError(f"--out {out} holds another run; give a new folder, or leave it out to go on in {resumed}")
+    return out or resumed or default
 
 
-def refuse(args, model, names):
-    """Raises UserError for a flag among `names` that was given: `model` has no use for it."""
+def refuse(args, config, names):
+    """Raises UserError for a flag among `names` that was given: the model has no use for it."""
     for name in names:
         if args[name] is not None:
-            raise UserError(f"--{name.replace('_', '-')} does nothing for --model {model}; leave it out")
+            raise UserError(f"--{name.replace('_', '-')} does nothing for --model {config.model} on {config.dataset}; "
+                            "leave it out")
 
 
 FREE = ("root", "steps", "epochs", "amp", "compile", "eval_every", "samples", "inception")  # may change on resuming
+
+
+def at_least(least, kind=int):
+    """A flag's type: numbers from `least` up, and below 2^63 (so no infinity)."""
+    def convert(text):
+        value = kind(text)
+        if not least <= value < 2 ** 63:
+            raise argparse.ArgumentTypeError(f"{text} must be a number from {least} up")
+        return value
+    convert.__name__ = kind.__name__
+    return convert
 
 
 def shared_flags(parser, models):
     """The flags that mean the same in all three files. None where not given: the preset, or the resumed run, decides."""
     for name, kind, text in (
             ("model", str, ", ".join(models)), ("dataset", str, "a name (python data.py --help) or a folder of pictures"),
-            ("root", str, "where data sets lie or are downloaded to (data)"), ("steps", int, "training steps"),
-            ("epochs", float, "training length where --steps is not given"), ("batch", int, "images per step and rank"),
-            ("size", int, "pixels"), ("width", int, "channels of the first layer"), ("latent", int, "code dimensions"),
-            ("lr", float, "learning rate (networks with rates of their own keep the ratio)"), ("seed", int, "(0)"),
-            ("eval-every", int, "steps between evaluations"), ("samples", int, "generated images per evaluation"),
+            ("root", str, "where data sets lie or are downloaded to (data)"), ("steps", at_least(1), "training steps"),
+            ("epochs", at_least(0, float), "training length where --steps is not given"),
+            ("batch", int, "images per step and rank"), ("size", int, "pixels"),
+            ("width", int, "channels of the first layer"), ("latent", int, "code dimensions"),
+            ("lr", float, "learning rate (networks with rates of their own keep the ratio)"), ("seed", at_least(0), "(0)"),
+            ("eval-every", at_least(1), "steps between evaluations"), ("samples", int, "generated images per evaluation"),
             ("inception", str, "weights for fid: a path, or 'auto' to download")):
         parser.add_argument(f"--{name}", type=kind, metavar="X", help=text)
     parser.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), help="autocast (auto: bf16 where native)")
@@ -1290,8 +1306,8 @@ def shared_flags(parser, models):
     parser.add_argument("--device", default="auto", metavar="X", help="auto, cpu, cuda, cuda:1")
     parser.add_argument("--out", metavar="DIR", help="folder of the run (runs/FILE-MODEL-DATASET-sSEED)")
     parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
-    parser.add_argument("--sample", type=int, metavar="N", help="with --resume: only draw N samples into RUN/drawn")
-    parser.add_argument("--bench", type=int, metavar="N", help="only time N steps; prints JSON")
+    parser.add_argument("--sample", type=at_least(1), metavar="N", help="with --resume: only draw N samples into RUN/drawn")
+    parser.add_argument("--bench", type=at_least(1), metavar="N", help="only time N steps; prints JSON")
 
 
 def settings(args, state, preset):
@@ -1341,6 +1357,18 @@ def compile_networks(model):
         network.compile()
 
 
+def load_both(config, machine):
+    """The training and the test set of `config.dataset` (data.Dataset). Raises UserError if they do not go together."""
+    from data import load
+
+    train_set, test_set = machine.in_turn(lambda: [load(config.dataset, config.root, config.size or None, split)
+                                                   for split in ("train", "test")])
+    if train_set.kind == "images" and train_set.channels != test_set.channels:
+        raise UserError(f"--dataset {config.dataset}: training pictures have {train_set.channels} channels, test pictures "
+                        f"{test_set.channels}; make all grey or all coloured")
+    return train_set, test_set
+
+
 class CountFlops(TorchDispatchMode):
     """Floating-point operations of the convolutions and matrix products run under it, backwards included."""
 
@@ -1382,6 +1410,20 @@ def save_grid(path, x, columns=10):
     torchvision.utils.save_image(x.float().cpu(), path, nrow=columns, normalize=True, value_range=(-1, 1), padding=1)
 
 
+def draw_images(model, folder, n):
+    """n samples as FOLDER/drawn/NNNNNN.png, without those of an earlier call, and the first hundred as FOLDER/drawn.png."""
+    drawn = pathlib.Path(folder) / "drawn"
+    drawn.mkdir(parents=True, exist_ok=True)
+    for old in drawn.glob("*.png"):
+        old.unlink()
+    for start in range(0, n, 250):
+        images = model.sample(min(250, n - start))
+        if start == 0:
+            save_grid(drawn.with_suffix(".png"), images[:100])
+        for i, image in enumerate(images, start):
+            torchvision.utils.save_image(image, drawn / f"{i:06d}.png", normalize=True, value_range=(-1, 1))
+
+
 def draw_curves(path, curves, title):
     """{name: [(x, y), ...]} as line plots over one pair of axes, y from 0; a PNG, drawn with pillow."""
     from PIL import Image, ImageDraw
@@ -1417,14 +1459,18 @@ def loop(config, machine, model, batches, run, start, best, evaluate):
     for step in range(start + 1, config.steps + 1):
         run.add(step, model.step(next(batches)[0]))
         leave, last, epoch = run.interrupted(step), step == config.steps, step / batches.steps_per_epoch
-        if step % LOG_EVERY == 0 or last or leave:
+        evaluated = step % config.eval_every == 0 or last
+        saved = evaluated or step % SAVE_EVERY == 0 or leave
+        if step % LOG_EVERY == 0 or saved:                          # a loss that is not finite ends the run here
             losses, rate = run.flush(), run.rate(step, config.batch)
             run.log(step, epoch=round(epoch, 3), img_per_s=rate, **losses)
             text = "  ".join(f"{k} {v:.3f}" for k, v in losses.items()) + f"  {rate:.0f} img/s"
         run.status(step, config.steps, text)
-        evaluated = step % config.eval_every == 0 or last
+        bad = saved and next((name for name, p in model.named_parameters() if not p.isfinite().all()), None)
+        if bad:                                                     # its last update: the losses have not shown it yet
+            raise NotFinite(f"step {step}: the weights '{bad}' are not finite; the last good checkpoint is "
+                            f"{run.folder / 'last.pt'}")
         if evaluated:
-            run.flush()                                             # a loss that is not finite ends the run here
             if machine.rank == 0:
                 metrics = evaluate(step, epoch)
                 run.say(step, metrics)
@@ -1434,8 +1480,7 @@ def loop(config, machine, model, batches, run, start, best, evaluate):
                 best = score
                 run.save("best.pt", FILE, model, step, batches, dataclasses.asdict(config), best)
             run.since, run.counted = time.time(), step              # images/s are of training alone
-        if evaluated or step % SAVE_EVERY == 0 or leave:
-            run.flush()
+        if saved:
             run.save("last.pt", FILE, model, step, batches, dataclasses.asdict(config), best)
         if leave:
             raise Interrupted(f"stopped at step {step} and saved; continue with --resume {run.folder}", run.signal)
@@ -1551,11 +1596,10 @@ def score_of(metrics):
 
 def train(config, machine, folder, state=None):
     """Trains `config` in `folder`, from a checkpoint's `state` if given. Returns the last evaluation's metrics."""
-    from data import Batches, load, ordered
+    from data import Batches, ordered
     from metrics import Evaluator
 
-    train_set, test_set = machine.in_turn(lambda: [load(config.dataset, config.root, config.size or None, split)
-                                                   for split in ("train", "test")])
+    train_set, test_set = load_both(config, machine)
     batches = Batches(train_set, config.batch, machine.device, config.size or None, config.seed, machine.rank, machine.world)
     config.channels, config.steps_per_epoch = train_set.x.shape[1] if config.size == 0 else train_set.channels, \
         batches.steps_per_epoch
@@ -1565,11 +1609,11 @@ def train(config, machine, folder, state=None):
     config.map_from = config.map_from or min(max(1, round(config.ae_share * config.steps)), config.steps - 1)
     config.check()
     model, start, best = build(config, machine), 0, None
-    run = Run(folder, dataclasses.asdict(config), machine, resume=state is not None)
     evaluator = None
     if machine.rank == 0:
         evaluator = PointMetrics(test_set, config.samples) if config.size == 0 else \
             Evaluator(train_set, test_set, config.size, machine.device, config.root, config.samples, config.inception or None)
+    run = Run(folder, dataclasses.asdict(config), machine, resume=state is not None)
     shown = 5000 if config.size == 0 else 2000
     test = next(ordered(test_set, shown, shown, "cpu", config.size or None))
     machine.seed_ranks()
@@ -1590,26 +1634,22 @@ def draw(config, machine, state, folder, n):
     model = build(config, machine)
     restore(state, model, None, machine)
     machine.seed_ranks()
-    folder = pathlib.Path(folder) / "drawn"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = pathlib.Path(folder)
     if config.size == 0:
         points = model.sample(n).cpu()
-        (folder / "points.csv").write_text("".join(",".join(f"{v:.6g}" for v in row) + "\n" for row in points.tolist()))
+        (folder / "drawn").mkdir(parents=True, exist_ok=True)
+        (folder / "drawn/points.csv").write_text("".join(",".join(f"{v:.6g}" for v in row) + "\n" for row in points.tolist()))
         torchvision.utils.save_image(scatter(points, torch.zeros(n, dtype=torch.long), 1, 1.2 * points.abs().max()),
-                                     folder.parent / "drawn.png")
+                                     folder / "drawn.png")
     else:
-        for start in range(0, n, 250):
-            images = model.sample(min(250, n - start))
-            if start == 0:
-                save_grid(folder.parent / "drawn.png", images[:100])
-            for i, image in enumerate(images, start):
-                torchvision.utils.save_image(image, folder / f"{i:06d}.png", normalize=True, value_range=(-1, 1))
-    print(f"{n} samples of step {state['step']} in {folder}")
+        draw_images(model, folder, n)
+    print(f"{n} samples of step {state['step']} in {folder / 'drawn'}")
 
 
 def useless(config):
     """The flags that mean nothing to `config.model`."""
-    return (() if config.method == "latentmap" else ("joint", "gamma", "lam", "omega1", "omega2")) \
+    return (("inception",) if config.size == 0 else ()) \
+        + (() if config.method == "latentmap" else ("joint", "gamma", "lam", "omega1", "omega2")) \
         + (() if config.method in ("latentmap", "aae") else ("recon",))
 
 
@@ -1630,7 +1670,7 @@ def main(argv=None):
     state = load_checkpoint(args["resume"], FILE) if args["resume"] else None
     config = settings(args, state, preset)
     config.check()
-    refuse(args, config.model, useless(config))
+    refuse(args, config, useless(config))
     machine = Machine(args["device"], config.amp, config.seed)
     if args["bench"]:
         config.channels = 2 if config.size == 0 else 1 if config.dataset in GREY else 3

@@ -1778,7 +1778,8 @@ def test_a_run_leaves_what_it_promises(pictures, tmp_path):
     config = json.loads((run / "config.json").read_text())
     assert config["model"] == "ivlsgan" and config["k"] == 4 and {"command", "torch", "device", "revision"} <= set(config)
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    assert {"d_adv", "f_ce", "g_adv", "rec_x", "rec_z", "iv", "img_per_s", "epoch"} <= set(lines[1])
+    assert [line["step"] for line in lines if "d_adv" in line] == [3, 6]   # no step's losses are missing from the means
+    assert {"d_adv", "f_ce", "g_adv", "rec_x", "rec_z", "iv", "img_per_s", "epoch"} <= set(lines[0])
     assert [line["step"] for line in lines if "protocol" in line] == [3, 6] and "mse" in lines[-1]
     assert not any("fid" in line for line in lines)                 # no Inception weights here, so no such number
     for name in ("samples/000003.png", "samples/000006.png", "recon/000006.png", "figures/interventions-000006.png",
@@ -1916,7 +1917,62 @@ def test_half_precision_steps_e_twice_and_can_be_switched_to(pictures, tmp_path,
     assert all(v.isfinite() for v in model.step(x).values())
 
 
+def test_es_running_statistics_are_those_of_data(monkeypatch):
+    """What `encode` normalises with; G(O_i(E(x))) passes through E as well, in Eq. (6), and must not count (D12)."""
+    model, x = small("ivlsgan")
+    seen = []
+    last = list(model.E)[-1]
+    last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().float().mean(0)))
+    for _ in range(3):
+        model.step(x)
+    expected = torch.zeros_like(seen[0])
+    for mean in seen[::2]:                                          # E(x), E(x_i), E(x), ...
+        expected = .9 * expected + .1 * mean
+    assert len(seen) == 6
+    torch.testing.assert_close(last.running_mean, expected)
+
+
+@pytest.mark.parametrize("off, missing", [(dict(mu=0., mu_e=0.), {"iv", "f_ce"}), (dict(lam=0., lam_e=0.), {"rec_x", "rec_z"})])
+def test_a_term_without_weight_is_not_computed(off, missing):
+    model, x = small("ivlsgan", **off)
+    torch.manual_seed(1)
+    losses, before = model.step(x), weights(model)
+    full, _ = small("ivlsgan")
+    assert missing == set(full.step(x)) - set(losses) and all(torch.isfinite(p).all() for p in before)
+
+
+def test_a_weight_that_is_not_finite_ends_the_run(tmp_path, capsys):
+    """The very step that is saved and evaluated: its losses were finite, its update was not."""
+    run = tmp_path / "run"
+    assert cli(aim, *aim_quick(tmp_path, "--steps", 1, "--lr", 1e39, "--out", run)) == 3
+    assert "step 1: the weights" in capsys.readouterr().err
+    assert torch.load(run / "last.pt", weights_only=True)["step"] == 0
+
+
+def test_a_run_is_not_resumed_into_another(pictures, tmp_path, capsys):
+    for name in ("a", "b"):
+        assert cli(ivgen, *quick(pictures, tmp_path, "--steps", 1, "--out", tmp_path / name)) == 0
+    assert cli(ivgen, "--resume", tmp_path / "a", "--steps", 2, "--out", tmp_path / "b") == 2
+    assert "holds another run" in capsys.readouterr().err
+    assert cli(ivgen, "--resume", tmp_path / "a", "--sample", 3, "--device", "cpu") == 0
+    assert cli(ivgen, "--resume", tmp_path / "a", "--sample", 2, "--device", "cpu") == 0
+    assert len(list((tmp_path / "a/drawn").iterdir())) == 2         # never of two checkpoints
+
+
+def test_grey_and_coloured_halves_do_not_go_together(tmp_path, capsys):
+    folder_of_pictures(tmp_path / "set/train")
+    for path in folder_of_pictures(tmp_path / "set/test").glob("**/*.png"):
+        Image.open(path).convert("L").save(path)
+    assert cli(ivgen, *quick(tmp_path / "set", tmp_path, "--steps", 1)) == 2
+    assert "training pictures have 3 channels, test pictures 1" in capsys.readouterr().err
+
+
 BAD_FLAGS = {
+    "no steps": (["--steps", "0"], "argument --steps: 0 must be a number from 1 up"),
+    "seed too large": (["--seed", "1" + "0" * 20], "argument --seed"),
+    "endless": (["--epochs", "inf"], "argument --epochs: inf must be a number from 0 up"),
+    "no sample": (["--resume", "RUN", "--sample", "0"], "argument --sample: 0 must be a number from 1 up"),
+    "weight of no term": (["--model", "dcgan", "--mu", "1"], "--mu does nothing for --model dcgan"),
     "k does not divide d": (["--k", "7"], "--k 7 does not divide the latent dimension 16"),
     "unknown model": (["--model", "vqgan"], "--model vqgan is not one of dcgan"),
     "unknown flag": (["--learning-rate", "1"], "unrecognized arguments: --learning-rate"),
@@ -2705,7 +2761,7 @@ def test_an_aim_run_leaves_what_it_promises(tmp_path):
     config = json.loads((run / "config.json").read_text())
     assert config["model"] == "aim" and config["lam"] is None and {"command", "torch", "device", "revision"} <= set(config)
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    assert {"d", "g", "e", "img_per_s", "epoch"} <= set(lines[1])
+    assert {"d", "g", "e", "img_per_s", "epoch"} <= set(lines[0])
     assert [line["step"] for line in lines if "protocol" in line] == [30, 60]
     assert {"modes", "high_quality", "mse", "sigma", "same_mode"} <= set(lines[-1])
     for name in ("samples/000030.png", "samples/000060.png", "recon/000060.png", "figures/panels-000060.png",
