@@ -166,6 +166,8 @@ class Batches:
 
     def __init__(self, dataset: Dataset, batch: int, device="cpu", size: int | None = None, seed: int = 0,
                  rank: int = 0, world: int = 1):
+        if batch < 1:
+            raise UserError(f"a batch of {batch} is no batch: give 1 or more")
         self.share = len(dataset) // world
         self.steps_per_epoch = self.share // batch
         if self.steps_per_epoch == 0:
@@ -213,13 +215,13 @@ def ordered(dataset: Dataset, n: int | None = None, batch: int = 250, device="cp
             seed: int = 0):
     """The first n items (default and at most: all) in a fixed order; yields (x, y) as Batches does, the last one short.
 
-    A set stored class by class is first permuted by `seed`, since its first n items would be of a few classes. Of a
-    stacked set: n triples (default: as many as digits), drawn by `seed` with replacement.
+    A set stored class by class, or without labels to tell, is first permuted by `seed`: its first n items might be of a
+    few classes. Of a stacked set: n triples (default: as many as digits), drawn by `seed` with replacement.
     """
     generator, total = torch.Generator().manual_seed(seed), len(dataset)
     if dataset.stacked:
         index = torch.randint(total, (n or total, 3), generator=generator)
-    elif dataset.y is not None and bool((dataset.y[1:] >= dataset.y[:-1]).all()):
+    elif dataset.kind == "images" if dataset.y is None else bool((dataset.y[1:] >= dataset.y[:-1]).all()):
         index = torch.randperm(total, generator=generator)[:n]
     else:
         index = torch.arange(total)[:n]
@@ -460,16 +462,21 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", "
 
 
 def _folder(folder: Path, root, size: int | None, split: str) -> Dataset:
-    """A folder of pictures, or of one folder for each class; or with train/ and test/ of either kind."""
-    train = folder / "train" if (folder / "train").is_dir() else folder
-    base = folder / "test" if split == "test" and train != folder and (folder / "test").is_dir() else train
+    """A folder of pictures, or of one folder for each class; or with train/ and test/ (in any case) of either kind."""
+    inside = {entry.name.lower(): entry for entry in folder.iterdir() if entry.is_dir()}
+    train = inside.get("train", folder)
+    base = inside.get("test", train) if split == "test" and train != folder else train
+    beside = sorted(inside.keys() - {"train", "test", "val", "valid", "validation"}) if train != folder else []
+    if beside and any(find_pictures(inside[name]) for name in beside if not name.startswith(".")):
+        raise UserError(f"{folder} has pictures in train/ and beside it, in {', '.join(beside)}: are these classes, rename "
+                        "train; else move them out")
     split = "train" if base == train else "test"
-    files = _find(base)
+    files = find_pictures(base)
     if not files:
         raise UserError(f"there are no pictures ({' '.join(SUFFIXES)}) in {base}")
     found = _classes(base, files)
     # Numbered as in the training split, whatever the test split has of them.
-    names = sorted(set(found if base == train else _classes(train, _find(train))))
+    names = sorted(set(found if base == train else _classes(train, find_pictures(train))))
     if unknown := sorted(set(found) - set(names)):
         raise UserError(f"{base / unknown[0]} has pictures, but {train / unknown[0]} has none: the two must agree")
     x, y = _pictures(folder.name, split, base, files, root, size), None
@@ -479,14 +486,14 @@ def _folder(folder: Path, root, size: int | None, split: str) -> Dataset:
     return Dataset(folder.name, split, x, y, 0 if y is None else len(names))
 
 
-def _find(folder) -> list[str]:
+def find_pictures(folder) -> list[str]:
     """The pictures at any depth below `folder`, in a fixed order; what is hidden is passed over."""
     found = []
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
-            found += _find(entry.path)
+            found += find_pictures(entry.path)
         elif entry.name.lower().endswith(SUFFIXES):
             found.append(entry.path)
     return found
@@ -605,6 +612,8 @@ def _picture(item, size: int | None, crop: int | None, read) -> np.ndarray:
 
 def _plain(image: Image.Image) -> Image.Image:
     """Any picture as 8-bit grey ("L") or colour ("RGB"): 16 bits are scaled down, transparency is laid over white."""
+    if image.mode == "F":
+        raise ValueError("pictures of floating-point numbers have no fixed range")
     if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips it at 255
         return Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
     grey = image.mode in ("1", "L", "LA")

@@ -60,9 +60,9 @@ from torch import Tensor
 INCEPTION_SHA256 = "6726825d"
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/" + INCEPTION_FILE
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm"}
 REFERENCE = 10_000  # at most so many real test images are the reference of fcd and fid in an Evaluator
-FID_ON_TRAIN = ("mnist", "fashion-mnist")  # whose published fid is against the 60,000 training images
+# fid against training images: MNIST's published one is, and LSUN has only 300 others (50,000: ours)
+FID_ON_TRAIN = {"mnist": 60_000, "fashion-mnist": 60_000, "lsun-church": 50_000}
 SEED = 2020  # of everything drawn here; evaluations are comparable because it never changes
 
 
@@ -217,6 +217,9 @@ def load_inception(weights="auto"):
     starts with INCEPTION_SHA256 is read, and only tensors are read from it. UserError otherwise.
     """
     by_hand = f"get {INCEPTION_FILE} from {INCEPTION_URL} and give its path with --weights"
+    kept = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
+    if weights == "auto" and kept.is_file():  # torch.hub checks what it downloads, not what lies there
+        weights = kept
     if weights == "auto":
         try:
             state = torch.hub.load_state_dict_from_url(
@@ -225,7 +228,7 @@ def load_inception(weights="auto"):
         except Exception as error:  # no network, a proxy's page instead of the file, a damaged file in the cache
             raise UserError(
                 f"the weights FID needs could not be downloaded ({error}): {by_hand}, "
-                f"or put it into {Path(torch.hub.get_dir()) / 'checkpoints'}"
+                f"or put it into {kept.parent}"
             ) from error
     else:
         if not Path(weights).is_file():
@@ -423,7 +426,7 @@ class Moments:
         return self.scatter / (self.n - 1)
 
     def state(self):
-        return {"n": self.n, "mean": self.mean.cpu(), "scatter": self.scatter.cpu()}
+        return {"n": self.n, "mean": self.mean.cpu().clone(), "scatter": self.scatter.cpu().clone()}
 
     @classmethod
     def of(cls, state):
@@ -490,12 +493,25 @@ def collect(batches, extractors, total, keep=(), label=None):
 
 
 def fingerprint(dataset):
-    """A digest of a data set's content (of every so-many-th image beyond 256 MB), so that a changed set is noticed."""
+    """A digest of a data set's content, so that a changed set is noticed (a second for each GB or two)."""
     digest = hashlib.sha256(repr(tuple(dataset.x.shape)).encode())
-    for part in (dataset.x[:: max(1, dataset.x.nbytes >> 28)], dataset.y):
+    for part in (dataset.x, dataset.y):
         if part is not None:
             digest.update(part.contiguous().numpy().data)
     return digest.hexdigest()[:16]
+
+
+def digest_of(key):
+    """16 hexadecimal digits for a dict of plain values."""
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read_saved(path):
+    """What torch.save put there; an exception if anything is wrong with it, a flipped bit too, which torch.load lets pass."""
+    with zipfile.ZipFile(path) as whole:
+        if whole.testzip():
+            raise ValueError("checksum")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def save_atomic(content, path):
@@ -515,13 +531,12 @@ def cached(folder, kind, key, build):
     A file that cannot be read, was damaged or belongs to another key is rebuilt, and stderr says so.
     """
     text = json.dumps(key, sort_keys=True)
-    path = Path(folder) / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.pt"
+    path = Path(folder) / f"{kind}-{digest_of(key)}.pt"
     if path.exists():
-        try:  # torch.load does not notice a flipped bit; the zip file's own checksums do
-            if zipfile.ZipFile(path).testzip() is None:
-                saved = torch.load(path, map_location="cpu", weights_only=True)
-                if saved["key"] == text:
-                    return saved
+        try:
+            saved = read_saved(path)
+            if saved["key"] == text:
+                return saved
         except Exception:  # truncated, another format, or with code in it: all are rebuilt
             pass
         print(f"{path} is damaged or out of date: rebuilding it", file=sys.stderr)
@@ -603,6 +618,7 @@ def frechet_distance_features(f1, f2):
     Tr (cov1 cov2)^(1/2) is the nuclear norm of C1 C2' / sqrt((N1-1)(N2-1)), an N1 x N2 problem (Gram form): exact, and
     many times faster than d x d.
     """
+    f1, f2 = torch.as_tensor(f1), torch.as_tensor(f2)
     check_pair(f1, f2, 2)
     if max(len(f1), len(f2)) > f1.shape[1]:
         return Moments.of(f1).distance(Moments.of(f2))
@@ -636,6 +652,7 @@ def frechet_latent_distance(z):
     With s^2 the eigenvalues of the covariance S that is |mean|^2 + sum (s - 1)^2, which cannot come out negative.
     Source: the IVAAE paper, which uses 60,000 codes.
     """
+    z = torch.as_tensor(z)
     check_features(z, 2)
     moments = Moments.of(z.detach())
     s = torch.linalg.eigvalsh(moments.cov).clamp(min=0).sqrt()
@@ -648,6 +665,7 @@ def kernel_distance(f1, f2, subsets=100, size=1000, seed=SEED):
     Features (N, d). Being unbiased it may come out negative. std has ddof 0. ValueError where a set has fewer than
     `size` rows. Source: Binkowski et al. 2018, arXiv:1801.01401 (100 subsets of 1,000).
     """
+    f1, f2 = torch.as_tensor(f1), torch.as_tensor(f2)
     check_pair(f1, f2, 2)
     if size < 2 or subsets < 1 or min(len(f1), len(f2)) < size:
         raise ValueError(f"cannot draw {subsets} subsets of {size} rows (at least 2) from {len(f1)} and {len(f2)} rows")
@@ -669,6 +687,7 @@ def inception_score(probs, splits=10):
     nine digits matter. ValueError for fewer rows than splits and for rows that are no distributions.
     Source: Salimans et al. 2016, arXiv:1606.03498.
     """
+    probs = torch.as_tensor(probs)
     check_features(probs, 1)
     if splits < 1 or len(probs) < splits:
         raise ValueError(f"cannot divide {len(probs)} rows into {splits} splits")
@@ -692,6 +711,7 @@ def precision_recall(real, fake, k=3, chunk=1000):
     included; features (N, d), more than k rows each. Distances in float64, `chunk` rows at a time.
     Source: Kynkaanniemi et al. 2019, arXiv:1904.06991 (k = 3).
     """
+    real, fake = torch.as_tensor(real), torch.as_tensor(fake)
     check_pair(real, fake, k + 1)
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
@@ -709,16 +729,18 @@ def precision_recall(real, fake, k=3, chunk=1000):
 def grid_modes(points, centers, std):
     """(modes reached, share of high-quality points) of points (N, D) for a mixture with means (K, D) and this std.
 
-    High quality: within 3 std of the nearest mean, the edge included. A mode is reached if it is the nearest mean of
-    at least one high-quality point. Source: the AIM paper, 2-D grid.
+    High quality: within 3 std of the nearest mean, the edge (to rounding) included. A mode is reached if it is the
+    nearest mean of at least one high-quality point. Source: the AIM paper, 2-D grid.
     """
+    points, centers = torch.as_tensor(points), torch.as_tensor(centers)
     check_pair(points, centers, 1)
     if not std > 0:
         raise ValueError(f"std must be positive, got {std}")
     # differences, not cdist: its matrix-product form loses the digits that decide at the edge
     distance = (points.detach().double()[:, None] - centers.to(points.device).double()).norm(dim=2)  # (N, K)
     nearest, mode = distance.min(1)
-    good = nearest <= 3 * std
+    reach = max(points.abs().max().item(), centers.abs().max().item())
+    good = nearest <= 3 * std + 4 * torch.finfo(torch.promote_types(points.dtype, torch.float32)).eps * reach
     return mode[good].unique().numel(), good.double().mean().item()
 
 
@@ -727,6 +749,7 @@ def stacked_modes(labels, classes=1000):
 
     p is the distribution of the labels. Source: PacGAN, arXiv:1712.04086: 26,000 samples, 1,000 classes.
     """
+    labels = torch.as_tensor(labels)
     if labels.ndim != 1 or not len(labels) or labels.is_floating_point():
         raise ValueError(f"labels must be integers of the shape (N,), got {labels.dtype} {tuple(labels.shape)}")
     if labels.min() < 0 or labels.max() >= classes:
@@ -741,6 +764,7 @@ def reconstruction_mse(x, y):
 
     For images in [-1, 1] this is `mse_pm1`; a quarter of it is the error on the [0, 1] scale, `mse`.
     """
+    x, y = torch.as_tensor(x), torch.as_tensor(y)
     if x.shape != y.shape or not x.numel():
         raise ValueError(f"needs two tensors of one shape, got {tuple(x.shape)} and {tuple(y.shape)}")
     return F.mse_loss(y.detach().double(), x.detach().double()).item()
@@ -756,7 +780,7 @@ RECIPE = {"version": 1, "side": 32, "features": 128, "batch": 128, "lr": 0.1, "w
 
 
 def classifier_recipe(channels, device):
-    """Everything the training depends on, which is also the cache's key. Grey: 99.3 % on MNIST, 10 s on two cores."""
+    """The settings of the training, part of the cache's key. Grey: 99.3 % on MNIST, 10 s on two cores."""
     if channels == 1:
         return {**RECIPE, "channels": 1, "width": 16, "epochs": 2, "flip": False}
     return {**RECIPE, "channels": 3, "width": 32, "epochs": 30 if device.type == "cuda" else 8, "flip": True}
@@ -794,8 +818,9 @@ def train_classifier(dataset, classes, recipe, device):
     n = len(dataset.x)
     batch = min(recipe["batch"], n)
     steps, began = recipe["epochs"] * (n // batch), time.time()
+    cuda = device.type == "cuda"
     # elsewhere bf16 is emulated, and slower than float32
-    native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_amx_tile_supported()
+    native = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else torch.cpu._is_amx_tile_supported()
     # the caller may be in no_grad or inference_mode
     with seeded(device, recipe["seed"]), torch.inference_mode(False), torch.enable_grad():
         net = Classifier(recipe["channels"], classes, recipe["width"], recipe["features"])
@@ -857,6 +882,8 @@ class ClassifierFeatures:
         net.load_state_dict(saved["net"], assign=True)
         self.net = net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
         self.accuracy = saved["accuracy"]
+        weights = hashlib.sha256(b"".join(v.numpy().tobytes() for v in saved["net"].values()))
+        self.key = {**self.key, "weights": weights.hexdigest()}  # trained anew elsewhere, they are others
 
     @torch.no_grad()
     def __call__(self, images):
@@ -915,7 +942,7 @@ class Evaluator:
         self.label = "Inception features" if inception else None
         self.reference = {e.metric: (test, self.count) for e in self.extractors}
         if "fid" in self.reference and train.name in FID_ON_TRAIN:
-            self.reference["fid"] = (train, len(train))
+            self.reference["fid"] = (train, min(FID_ON_TRAIN[train.name], len(train)))
         real = {e.metric: real_statistics(*self.reference[e.metric], size, e, root, batch, self.label) for e in self.extractors}
         self.real = {metric: statistics["moments"] for metric, statistics in real.items()}
         self.fixed = {"classifier_accuracy": self.classifier.accuracy} if self.classifier else {}
@@ -932,7 +959,8 @@ class Evaluator:
 
         labelled sets: fcd, is, is_std, class_share (list), class_min, class_max, confident (share of samples with
         confidence > .9), is_real, classifier_accuracy; stacked sets: modes, kl (nats), modes_real, kl_real; with
-        weights: fid; with reconstruct: mse (pixels in [0, 1]) and mse_pm1 ([-1, 1]) of test images; always: protocol.
+        weights: fid, and is_inception, the score in Inception's own classes; with reconstruct: mse (pixels in [0, 1]), its
+        standard deviation over images mse_std, and mse_pm1 ([-1, 1]), of test images; always: protocol.
 
         Samples are rounded to uint8, so they are scored as they would be saved; reconstructions are not. Random numbers
         start from one seed at every call, so evaluations compare models, not draws; the caller's are left as they were.
@@ -941,14 +969,17 @@ class Evaluator:
         with seeded(self.device, SEED):
             result, protocol = self._score(sample) if sample else ({}, [])
             if reconstruct:
-                result["mse_pm1"] = self._reconstruction_error(reconstruct)
+                errors = self._reconstruction_errors(reconstruct)
+                result["mse_pm1"] = errors.mean().item()
                 result["mse"] = result["mse_pm1"] / 4  # [-1, 1] is twice as wide as [0, 1]
+                result["mse_std"] = errors.std(correction=0).item() / 4
                 protocol.append(f"mse: {self.count} {self.test.split} images, {self.size}x{self.size}")
         return {**result, **self.fixed, "protocol": "; ".join(protocol)}
 
     def _score(self, sample):
         labels = []
-        got = collect(self._draw(sample, labels), self.extractors, self.samples, {("fcd", "logits")}, self.label)
+        keep = {("fcd", "logits"), ("fid", "logits")}
+        got = collect(self._draw(sample, labels), self.extractors, self.samples, keep, self.label)
         result = {metric: self.real[metric].distance(got[metric]["moments"]) for metric in got}
         protocol = []
         for extract in self.extractors:
@@ -962,6 +993,8 @@ class Evaluator:
             result["class_share"] = [round(s, 6) for s in share.tolist()]
             result["class_min"], result["class_max"] = share.min().item(), share.max().item()
             result["confident"] = (probs.amax(1) > 0.9).double().mean().item()
+        if "fid" in got:
+            result["is_inception"] = inception_score(got["fid"]["logits"].double().softmax(1))[0]
         if labels:
             result["modes"], result["kl"] = stacked_modes(torch.cat(labels))
             protocol.append(f"modes, kl: {self.classifier.name}, {self.samples} samples, {self.size}x{self.size}")
@@ -975,19 +1008,26 @@ class Evaluator:
         for start in range(0, needed, self.batch):
             n = min(self.batch, needed - start)
             x = sample(n)
-            if x.ndim != 4 or len(x) != n or not torch.isfinite(x).all():
-                raise ValueError(f"sample({n}) must give {n} finite images, got {tuple(x.shape)}, "
+            if tuple(x.shape) != (n, self.test.channels, self.size, self.size) or not torch.isfinite(x).all():
+                raise ValueError(f"sample({n}) must give {n} finite images of {self.test.channels} channels and "
+                                 f"{self.size}x{self.size}, got {tuple(x.shape)}, "
                                  f"{(~torch.isfinite(x)).sum().item()} numbers of them not finite")
             u8 = data.to_uint8(x)
             if self.test.stacked:
                 labels.append(self.classifier.stacked_labels(u8))
             yield u8
 
-    def _reconstruction_error(self, reconstruct):
+    def _reconstruction_errors(self, reconstruct):
+        """Each test image's mean squared error, (count,), pixels in [-1, 1]."""
         import data
 
-        batches = data.ordered(self.test, self.count, self.batch, self.device, self.size)
-        return sum(reconstruction_mse(x, reconstruct(x)) * len(x) for x, _ in batches) / self.count
+        errors = []
+        for x, _ in data.ordered(self.test, self.count, self.batch, self.device, self.size):
+            y = reconstruct(x)
+            if y.shape != x.shape:
+                raise ValueError(f"reconstruct must give what it is given, {tuple(x.shape)}, not {tuple(y.shape)}")
+            errors.append((y.double() - x.double()).square().flatten(1).mean(1).cpu())
+        return torch.cat(errors)
 
 
 # ====================================================================================================================
@@ -996,12 +1036,14 @@ class Evaluator:
 
 
 def read_picture(path):
-    """uint8 (3, H, W), as pytorch-fid reads it (PIL, RGB); None where it cannot be read."""
+    """uint8 (3, H, W), as pytorch-fid reads it (PIL, RGB); None where it cannot be read, or has more than 8 bits."""
     import numpy as np
     from PIL import Image  # both come with torchvision
 
     try:
         with Image.open(path) as image:
+            if image.mode[0] in "IF":  # PIL would cut 16 bits off at 255: white
+                return None
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     except Exception:  # PIL raises some ten types for damaged files
         return None
@@ -1016,28 +1058,30 @@ def read_pictures(files, batch):
             images, ahead = list(ahead), pool.map(read_picture, following)
             bad = [str(name) for name, image in zip(names, images) if image is None]
             if bad:  # to leave them out would quietly change N
-                raise UserError(f"cannot read {', '.join(bad)}: mend or remove what is no picture")
+                raise UserError(f"cannot read {', '.join(bad)}: mend or remove what is no picture of 8 bits")
             yield images
 
 
 def open_source(name, args):
     """What A or B is: a dict of `name`, `n`, and `state` (of a saved file), `files` (of a folder) or `dataset`."""
+    import data
+
     path = Path(name)
     if path.suffix == ".pt":
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            return {"name": path.name, "n": state["n"], "state": state, "of": state["of"]}
+            state = read_saved(path)
+            return {"name": path.name, "n": state["n"], "state": state, "of": state["of"], "key": state["key"]}
         except Exception as error:
             raise UserError(f"{path} is no file of statistics saved by `metrics.py stats`") from error
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+        if (path / "train").is_dir():
+            raise UserError(f"{path} has a training and perhaps a test set: say {path}:train, {path}:test or {path / 'train'}")
+        files = data.find_pictures(path)
         if not files:
-            raise UserError(f"{path} holds no pictures ({', '.join(sorted(SUFFIXES))})")
+            raise UserError(f"{path} holds no pictures ({', '.join(data.SUFFIXES)})")
         # a seeded order: --n takes a fair sample, and the splits of the inception score are not classes
         order = torch.randperm(len(files), generator=torch.Generator().manual_seed(SEED))[: args.n]
         return {"name": path.resolve().name, "n": len(order), "files": [files[i] for i in order.tolist()]}
-    import data
-
     name, _, split = name.partition(":")
     dataset = data.load(name, args.root, split=split or "train")
     if dataset.x.dtype != torch.uint8:
@@ -1051,8 +1095,8 @@ def measure(source, extract, keep, args):
     if n < 2:
         raise UserError(f"{source['name']} holds {n} picture, and statistics need at least 2")
     if "state" in source:
-        if source["of"] != extract.name:
-            raise UserError(f"{source['name']} holds statistics of {source['of']}, not of {extract.name}")
+        if source["of"] != extract.name or source["key"] != digest_of(extract.key):
+            raise UserError(f"{source['name']} holds statistics of {source['of']}, not of {extract.name} as they are here")
         if keep:
             raise UserError(f"{source['name']} holds a mean and a covariance, but --kid, --is and --pr need pictures")
         return {"moments": Moments.of(source["state"])}
@@ -1082,7 +1126,8 @@ def compare(a, b, extract, wanted, args):
     if inception and "kid" in wanted:
         result["kid"], result["kid_std"] = kernel_distance(f1, f2, 100, min(1000, a["n"], b["n"]))
     if inception and "is" in wanted:
-        result["is"], result["is_std"] = inception_score(got_b["logits"].double().softmax(1))
+        mixed = torch.randperm(b["n"], generator=torch.Generator().manual_seed(SEED))  # a data set may lie in order
+        result["is"], result["is_std"] = inception_score(got_b["logits"][mixed].double().softmax(1))
     if inception and "pr" in wanted:
         result["precision"], result["recall"] = precision_recall(f1, f2, 3)
     result["protocol"] = f"{extract.name}, {a['name']} (n={a['n']}) vs {b['name']} (n={b['n']})"
@@ -1091,9 +1136,14 @@ def compare(a, b, extract, wanted, args):
 
 def run(args):
     """The command line's work: a dict to print. UserError for what the user can mend."""
-    device = torch.device(args.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda, but there is no CUDA here: use --device cpu")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {args.device}, but there is no CUDA here: use --device cpu")
+    try:
+        device = torch.device(args.device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {args.device} cannot be used here ({str(error).splitlines()[0]}): "
+                        "use --device cpu") from None
     if (args.n is not None and args.n < 2) or args.batch < 1:
         raise UserError("--n must be at least 2 and --batch at least 1")
     saving = args.sources[0] == "stats"
@@ -1102,7 +1152,13 @@ def run(args):
     wanted = {name for name in ("fid", "fcd", "kid", "is", "pr") if getattr(args, name)} or {"fid"}
     if saving and wanted not in ({"fid"}, {"fcd"}):
         raise UserError("`stats` saves what one of --fid and --fcd needs")
+    out = Path(args.sources[2] if saving else "A.pt")
+    if out.suffix != ".pt" or not out.parent.is_dir():
+        raise UserError(f"cannot write {out}: give the name of a .pt file in a folder that exists")
     opened = [open_source(name, args) for name in args.sources[saving : saving + 2 - saving]]
+    for name, least, sets in (("is", 10, opened[1:]), ("pr", 4, opened)):
+        if name in wanted and min(source["n"] for source in sets) < least:
+            raise UserError(f"--{name} needs {least} pictures, not {min(source['n'] for source in sets)}")
     extractors = []
     if "fcd" in wanted:
         import data
@@ -1115,9 +1171,9 @@ def run(args):
     if wanted - {"fcd"}:
         extractors.append(InceptionFeatures(args.weights or "auto", device, args.flavour, args.amp))
     if saving:
-        moments, out = measure(opened[0], extractors[0], [], args)["moments"], args.sources[2]
-        save_atomic({**moments.state(), "of": extractors[0].name}, out)
-        return {"saved": out, "n": moments.n, "protocol": extractors[0].name}
+        moments = measure(opened[0], extractors[0], [], args)["moments"]
+        save_atomic({**moments.state(), "of": extractors[0].name, "key": digest_of(extractors[0].key)}, out)
+        return {"saved": str(out), "n": moments.n, "protocol": extractors[0].name}
     results = [compare(*opened, extract, wanted, args) for extract in extractors]
     result = {k: v for r in results for k, v in r.items()} | {"protocol": "; ".join(r["protocol"] for r in results)}
     n = min(source["n"] for source in opened)

@@ -158,6 +158,8 @@ def test_ordered():
     assert indices(next(ordered(dataset, n=3))[0]).tolist() == [0, 1, 2]
     assert sum(len(x) for x, _ in ordered(dataset, n=99)) == 25
     assert next(ordered(dataset, n=2, size=12))[0].shape == (2, 1, 12, 12)
+    bare = indices(next(ordered(counted(200, labels=False), n=20))[0])  # nothing tells in what order they lie
+    assert bare.max() > 100 and len(bare.unique()) == 20
     dataset.y = dataset.y.sort().values  # stored class by class: the first ten would be of five classes at most
     a, b = next(ordered(dataset, n=10)), next(ordered(dataset, n=10))
     assert torch.equal(a[0], b[0]) and len(a[1].unique()) > 5
@@ -658,6 +660,16 @@ def test_wrong_splits_and_sizes():
         load("digits", size=4)
 
 
+def test_a_class_called_train_hides_no_other(tmp_path):
+    for name in ("train", "bus"):
+        save_pictures(tmp_path / "veh" / name, 2)
+    with pytest.raises(UserError, match="has pictures in train/ and beside it, in bus"):
+        load(tmp_path / "veh", tmp_path)
+    for name in ("Train", "Test"):
+        save_pictures(tmp_path / "two" / name, 2 if name == "Train" else 1)
+    assert [len(load(tmp_path / "two", tmp_path, split=split)) for split in ("train", "test")] == [2, 1]
+
+
 def test_folders_that_cannot_be_used(tmp_path):
     folder, root = tmp_path / "cats", tmp_path / "root"
     folder.mkdir()
@@ -986,6 +998,10 @@ def test_grid_modes_counts_high_quality_points_and_includes_the_edge():
     points = torch.tensor([[0.0, 0.0], [0.75, 0.0], [0.0, -0.7501], [8.0, 0.5], [4.0, 4.0]])
     assert metrics.grid_modes(points, centers, 0.25) == (2, pytest.approx(3 / 5))  # .75 is 3 std; .7501 beyond
     assert metrics.grid_modes(points[4:], centers, 0.25) == (0, 0.0)
+    grid = torch.cartesian_prod(*[torch.arange(-4., 5., 2.)] * 2)           # .05 and 3 std are not exact in binary
+    for dtype in (torch.float32, torch.float64):
+        edge, beyond = (grid.to(dtype) + torch.tensor([x, 0.], dtype=dtype) for x in (.15, .15001))
+        assert metrics.grid_modes(edge, grid, 0.05) == (25, 1.0) and metrics.grid_modes(beyond, grid, 0.05) == (0, 0.0)
     with pytest.raises(ValueError, match="std"):
         metrics.grid_modes(points, centers, 0.0)
     with pytest.raises(ValueError, match="dimensions"):
@@ -1145,6 +1161,11 @@ def test_only_the_genuine_weights_are_read(random_inception, inception, tmp_path
         with pytest.raises(metrics.UserError, match=words):
             metrics.load_inception(str(file))
     monkeypatch.undo()  # back to the published hash, which random weights do not have
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub/checkpoints").mkdir(parents=True)
+    (tmp_path / "hub/checkpoints" / metrics.INCEPTION_FILE).write_bytes(path.read_bytes())      # torch.hub would not look
+    with pytest.raises(metrics.UserError, match="is not the 2015"):
+        metrics.load_inception("auto")
     for file, words in ((path, "is not the 2015"), (pickled, "is not the 2015"), (tmp_path / "none", "no file")):
         with pytest.raises(metrics.UserError, match=words) as error:
             metrics.InceptionFeatures(str(file))
@@ -1188,7 +1209,7 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("metrics-cache")
 
 
-def test_classifier_learns_is_cached_and_leaves_the_random_numbers_alone(sets, cache, monkeypatch):
+def test_classifier_learns_is_cached_and_leaves_the_random_numbers_alone(sets, cache, monkeypatch, tmp_path):
     before = torch.random.get_rng_state()
     with torch.inference_mode():  # as a training loop may call it
         first = metrics.ClassifierFeatures(*sets, root=cache)
@@ -1200,6 +1221,12 @@ def test_classifier_learns_is_cached_and_leaves_the_random_numbers_alone(sets, c
     features, logits = again(sets[1].x)
     assert again.accuracy == first.accuracy == (logits.argmax(1) == sets[1].y).float().mean().item()
     assert torch.equal(first(sets[1].x)[0], features) and features.shape == (300, 128)
+    # statistics in its features are cached under its weights: trained on another machine, they are others
+    monkeypatch.setitem(metrics.RECIPE, "lr", .09)
+    monkeypatch.setattr(metrics, "train_classifier", trained)
+    other = metrics.ClassifierFeatures(*sets, root=tmp_path)
+    assert other.key["weights"] != first.key["weights"] == again.key["weights"]
+    monkeypatch.undo()
     # a changed set, and a changed recipe, are not served from the cache
     calls = []
     monkeypatch.setattr(metrics, "train_classifier", lambda *a: calls.append(1) or trained(*a))
@@ -1269,7 +1296,13 @@ def test_evaluator_refuses_bad_samples_points_and_too_few(sets, cache):
 def test_evaluator_of_an_unlabelled_set_measures_reconstructions_only(sets, cache):
     bare = data.Dataset("bare", "train", sets[0].x[:50], None, 0)
     result = metrics.Evaluator(bare, bare, 16, root=cache, samples=50)(lambda n: pytest.fail("drawn in vain"), lambda x: x)
-    assert result == {"mse_pm1": 0.0, "mse": 0.0, "protocol": "mse: 50 train images, 16x16"}
+    assert result == {"mse_pm1": 0.0, "mse": 0.0, "mse_std": 0.0, "protocol": "mse: 50 train images, 16x16"}
+    half = metrics.Evaluator(bare, bare, 16, root=cache)(None, lambda x: x + 2 * (x.flatten(1).sum(1) > 0)[:, None, None, None])
+    moved = data.to_float(bare.x).flatten(1).sum(1) > 0
+    assert half["mse"] == pytest.approx(moved.double().mean().item(), rel=1e-6)      # error 1 where moved, else 0
+    assert half["mse_std"] == pytest.approx(moved.double().std(correction=0).item(), rel=1e-6)
+    with pytest.raises(ValueError, match="reconstruct must give"):
+        metrics.Evaluator(bare, bare, 16, root=cache)(None, lambda x: x[:1])
 
 
 def test_evaluator_of_a_stacked_set_counts_modes(cache):
@@ -1353,6 +1386,16 @@ def test_command_line_compares_folders_and_saved_statistics(folders, inception, 
     assert code == 2 and not out and "pytorch-fid flavour" in err and "tf flavour" in err
     code, out, err = command(capsys, saved, b, *weights, "--kid")
     assert code == 2 and "need pictures" in err
+    linked = tmp_path / "linked"                                        # as data.py sees it: links followed, hidden ones not
+    linked.mkdir()
+    (linked / "far").symlink_to(b)
+    save_pictures(linked / ".thumbs", 3)
+    assert json.loads(command(capsys, a, linked, *weights)[1])["fid"] == result["fid"]
+    content = bytearray(saved.read_bytes())
+    content[len(content) // 2] ^= 1
+    saved.write_bytes(content)
+    code, out, err = command(capsys, saved, b, *weights)
+    assert code == 2 and "no file of statistics" in err
 
 
 def test_command_line_prints_no_fid_without_the_weights(folders, tmp_path, capsys, monkeypatch):
@@ -1389,6 +1432,11 @@ def test_command_line_mistakes_are_one_sentence(folders, inception, tmp_path, ca
     (bad / "text.jpg").write_text("no picture")
     junk = tmp_path / "junk.pt"
     junk.write_bytes(b"junk")
+    deep = tmp_path / "deep"
+    deep.mkdir()
+    (deep / "good.png").write_bytes(good)
+    Image.fromarray(np.full((16, 16), 300, np.uint16)).save(deep / "dark.png")
+    save_pictures(tmp_path / "split/train", 2)
     a, one = folders / "a", tmp_path / "one"
     one.mkdir()
     (one / "good.png").write_bytes(good)
@@ -1404,6 +1452,12 @@ def test_command_line_mistakes_are_one_sentence(folders, inception, tmp_path, ca
         ((a, a, "--n", "1"), ["--n"]),
         ((a, "grid25"), ["points"]),
         (("stats", a, tmp_path / "none" / "out.pt"), ["cannot write"]),
+        (("stats", a, tmp_path / "out.stats"), ["cannot write", ".pt"]),
+        ((a, a, "--is", "--n", "5"), ["--is needs 10 pictures, not 5"]),
+        ((a, a, "--pr", "--n", "3"), ["--pr needs 4 pictures, not 3"]),
+        ((a, a, "--device", "abacus"), ["--device abacus"]),
+        ((a, deep), ["dark.png", "8 bits"]),
+        ((a, tmp_path / "split"), ["training"]),
         (("stats", a, tmp_path / "out.pt", "--kid"), ["stats"]),
     ):
         code, out, err = command(capsys, *arguments, "--weights", inception, "--root", tmp_path)
@@ -1665,7 +1719,7 @@ def test_mrgan_moves_towards_what_d_calls_real():
     """D9: G and E lower -log D(G(E(x))); the authors' code has the sign reversed."""
     model, x = small("mrgan", lr=1e-4, lr_e=1e-4, lam=0., lam_e=0.)
     first = one_half(model, x, "g")
-    assert set(first) == {"g_adv", "rec_x", "mode"}
+    assert set(first) == {"g_adv", "mode"}                          # without lam no reconstruction
     assert one_half(model, x, "g")["mode"] < first["mode"]
 
 
