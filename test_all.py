@@ -2527,7 +2527,7 @@ def test_aim_losses_are_their_equations():
 
 
 def test_eq_6_estimates_the_kl_divergence():
-    """Sec. 4.4: with the best D, 1 + log(q/p) pointwise, the value function is KL(p || q)'s lower bound, attained."""
+    """Sec. 4.4: with the best D, 1 + log(q/p) pointwise, the value function bounds KL(q || p) from below, and attains it."""
     p, q = random_joint(3, 6, 1)[:, 0], random_joint(4, 6, 1)[:, 0]
     value = lambda d: (q * d).sum() - (p * (d - 1).exp()).sum()
     best, kl = 1 + (q / p).log(), (q * (q / p).log()).sum()
