@@ -70,9 +70,9 @@ Algorithm 1 (one call of `IVAAE.step`).
     G:     minimise  lam L_recon                                             lines 13-14
     E:     minimise  lam L_recon - mu2 L_IV                                  lines 15-16: E goes up where D goes down
 
-  D14 L_recon's reduction is not printed: .05 times the squared error summed over an image, as in WAE, whose networks and
-      comparisons the paper takes over. Adam's betas and the initial weights are not printed either: (.5, .999), as in WAE,
-      and torch's.
+  D14 L_recon's reduction is not printed: .05 times the squared error summed over an image, pixels in [-1, 1], as in WAE, whose
+      networks and comparisons the paper takes over (on MNIST WAE's pixels lie in [0, 1]: its sum is a quarter of this one).
+      Adam's betas and the initial weights are not printed either: (.5, .999), as in WAE, and torch's.
   D15 Algorithm 1 lets E maximise D's cross entropy, the form of a GAN whose gradient vanishes where D is sure. `--e-loss prior`
       is the other one, of WAE-GAN's own paper and of Fig. 3: every z_k shall look like the prior's. (The algorithm prints "+"
       before L_recon, E's gradient as G's and 1 / mt for t + 1 terms: read as descent, E's own, and a mean.)
@@ -82,7 +82,7 @@ Algorithm 1 (one call of `IVAAE.step`).
       8 -> 12 -> 16 -> 32 -> 64 by kernels 5, 5, 6, 4, strides 1, 1, 2, 2, to as many channels as the images have, keeps every
       other printed stride. "FC(C1)" ends in the latent dimension.
   D18 D's t + 1 outputs at t = 1 are AAE's one: their difference is its logit. So `aae` is this class at t = 1, by default with
-      Algorithm 1's loss of E; `--e-loss prior` makes it WAE-GAN as published.
+      Algorithm 1's loss of E; `--e-loss prior` gives it the form of WAE-GAN's, with this paper's weights.
   D19 Each T_k draws noise of its own (line 3 draws one z for all k: the same in the mean). WAE-MMD's lambda on CIFAR-10 and the
       settings of Fashion-MNIST are those of CelebA and MNIST (paper silent).
 
@@ -321,12 +321,15 @@ def svgd_step(z, bandwidth, epsilon=1.):
 
     z_i + epsilon / n sum_j [k(z_j, z_i) grad log p(z_j) + grad_{z_j} k(z_j, z_i)],  k(a, b) = exp(-||a - b||^2 / h).
     log p has gradient -z_j, and the kernel 2 / h (z_i - z_j) k: so both sums are matrix products with K, and nothing of
-    size n x n x d is formed. Differentiable in z; the bandwidth h is taken as a constant.
+    size n x n x d is formed. Differentiable in z; the bandwidth h is taken as a constant. Differences are taken about the
+    mean: where the particles nearly coincide, 2 / h would blow up the rounding of anything larger.
     """
-    norms = z.square().sum(1)
-    kernel = torch.exp(-(norms[:, None] + norms - 2 * z @ z.T).clamp_min(0) / bandwidth)            # (n, n), symmetric
-    pull = kernel @ z
-    return z + epsilon / len(z) * (2 / bandwidth * (kernel.sum(1, keepdim=True) * z - pull) - pull)
+    mean = z.mean(0)
+    c = z - mean
+    norms = c.square().sum(1)
+    kernel = torch.exp(-(norms[:, None] + norms - 2 * c @ c.T).clamp_min(0) / bandwidth)            # (n, n), symmetric
+    pull, total = kernel @ c, kernel.sum(1, keepdim=True)
+    return z + epsilon / len(z) * (2 / bandwidth * (total * c - pull) - (pull + total * mean))
 
 
 def svgd_chain(z, t, every=2, noise=.1):
@@ -907,7 +910,7 @@ def probe_discriminator(model, batches, steps):
             logits = model.judge(chain)
             objectives = {"gradient": -logits[0].log_softmax(1)[:, -1].mean(), "gradient_iv": model.encoder_loss(logits)}
         norms = {name: sum(g.float().square().sum() for g in m.gradients(loss, params, retain=True)).sqrt().item()
-                 / m.scaler.get_scale() for name, loss in objectives.items()}
+                 for name, loss in objectives.items()}
         lines.append({"iteration": n, "loss": model.step_d([part.detach() for part in chain])["d_iv"].item()} | norms)
         m.end_step()
         if not all(map(math.isfinite, lines[-1].values())):
@@ -919,7 +922,7 @@ def probe_discriminator(model, batches, steps):
 def probe_classifier(model, batches, test_set, steps, every=100):
     """Fig. 5: an MLP of two layers of 1000 nodes on the encoder's last hidden layer, E frozen; batch 60, Adam 1e-4 (Sec. 4).
 
-    One dict per `every` iterations: `error`, the share of test images it gets wrong.
+    One dict per `every` iterations: `error`, the share of test images it gets wrong (`protocol`: of which images).
     """
     from data import ordered
 
@@ -939,8 +942,9 @@ def probe_classifier(model, batches, test_set, steps, every=100):
         optimiser.step()
         if step % every == 0 or step == steps:
             with torch.no_grad():
-                wrong = sum((mlp(h).argmax(1) != y).sum().item() for h, y in test)
-            lines.append({"iteration": step, "loss": loss.item(), "error": wrong / sum(len(y) for _, y in test)})
+                wrong, n = sum((mlp(h).argmax(1) != y).sum().item() for h, y in test), sum(len(y) for _, y in test)
+            lines.append({"iteration": step, "loss": loss.item(), "error": wrong / n,
+                          "protocol": f"error: {n} {test_set.split} images"})
     return lines
 
 
@@ -950,20 +954,21 @@ def probe(config, machine, state, folder, which, steps=None):
     `--steps` iterations, else 1,000 (Figs. 2 and 3) or 3,000 (Fig. 5). Raises UserError where the model has no discriminator,
     the data no labels.
     """
-    from data import Batches, load
+    from data import Batches
 
-    if steps is not None and steps < 1:
-        raise UserError(f"--steps {steps}: a probe takes 1 or more")
+    if machine.amp == "fp16":
+        raise UserError("--amp fp16: a probe looks at gradients that half precision loses; use bf16 or off")
     if config.bridge == "":
         raise UserError(f"--probe: {config.model} is not one of IVAAE's systems")
     if which == "discriminator" and config.bridge == "mmd":
         raise UserError("--probe discriminator: wae-mmd has no discriminator")
-    train_set, test_set = (load(config.dataset, config.root, config.size, split) for split in ("train", "test"))
+    train_set, test_set = load_both(config, machine)
     if which == "classifier" and train_set.y is None:
         raise UserError(f"--probe classifier: {config.dataset} has no labels")
     model = build(config, machine)
     restore(state, model, None, machine)
-    batches = Batches(train_set, config.batch if which == "discriminator" else 60, machine.device, config.size, config.seed)
+    batch = config.batch if which == "discriminator" else min(60, len(train_set))
+    batches = Batches(train_set, batch, machine.device, config.size, config.seed)
     if which == "discriminator":
         lines = probe_discriminator(model, batches, steps or 1000)
     else:
@@ -971,7 +976,7 @@ def probe(config, machine, state, folder, which, steps=None):
     folder = pathlib.Path(folder)
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     (folder / f"probe-{which}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    for name in [name for name in lines[0] if name != "iteration"]:
+    for name in [name for name in lines[0] if name not in ("iteration", "protocol")]:
         curve = [(line["iteration"], line[name]) for line in lines]
         draw_curves(folder / f"figures/probe-{which}-{name}.png", {config.model: curve},
                     f"{name} by iteration, {config.dataset}, d = {config.latent}, after step {state['step']}")
@@ -1541,6 +1546,8 @@ def evaluate(model, evaluator, run, step, epoch, x, config, train_set):
     else:
         figures(model, run, step, x)
     metrics = latent | evaluator(model.sample, (lambda x: model.decode(model.encode(x))) if model.E is not None else None)
+    if config.bridge:
+        metrics["protocol"] = f"fld: {len(codes)} {train_set.split} images; {metrics['protocol']}"
     metrics["eval_s"] = round(time.time() - began, 1)
     run.log(step, epoch=round(epoch, 3), **metrics)
     lines = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]

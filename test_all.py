@@ -2159,6 +2159,17 @@ def test_svgd_step_is_eq_2():
     assert torch.autograd.gradcheck(lambda z: ivgen.svgd_step(z, h, epsilon), z.requires_grad_())
 
 
+def test_svgd_of_points_that_nearly_coincide():
+    """The bandwidth follows them down, and 2 / h up: what it multiplies must be exact."""
+    z = torch.full((64, 8), .3)
+    moved = ivgen.svgd_step(z, ivgen.median_bandwidth(z))           # no forces between them: -z, over epsilon = 1
+    assert moved.abs().max() < 1e-6
+    for spread in (1e-4, 1e-3, 1e-2):
+        z = torch.randn(8) + spread * torch.randn(64, 8)
+        h = ivgen.median_bandwidth(z)
+        torch.testing.assert_close(ivgen.svgd_step(z, h), ivgen.svgd_step(z.double(), h.double()).float(), atol=1e-4, rtol=1e-4)
+
+
 def test_svgd_keeps_the_prior_and_pulls_what_is_off_it():
     torch.manual_seed(0)
     z = torch.randn(2000, 2)
