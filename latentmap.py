@@ -59,12 +59,14 @@ Where this file departs from the paper, or had to choose (D1...):
       reconstruction (D1's mean), D and E's adversarial steps have optimisers of their own, in this order.
   D9  IntroVAE, its Eqs. (11) and (12): alpha is its authors', the margin m and beta are ours; the hinge is taken item by
       item. AGE: codes and prior on the sphere of radius sqrt(dim), KL of the batch's fitted diagonal Gaussian divided by dim
-      (ours: the weights then need no change with dim), L1 between images, squares between codes, both as means (ours).
+      (ours: the weights then need no change with dim), L1 between images as a mean, 1 - cos between codes over dim (theirs).
       ALAE: F an MLP like g, D without spectral norm, R1 with gamma = 10, F(z) held still in the reciprocity, which moves E
       and G.
-  D10 E's running BN statistics follow data only, G's the codes of data only (ALAE: F(z)): blends and samples, which they are
-      also trained on, have other moments, and `encode` and `decode` would work with statistics that belong to neither.
-  D11 fid's reference is metrics.py's, 10,000 test images (MNIST: its training set); the paper's is all training images.
+  D10 E's running BN statistics follow data only, G's the codes of data only (ALAE: F(z); AGE: draws of the prior, all its G is
+      trained on; IntroVAE: both in turn): blends and samples, which they are also trained on, have other moments, and `encode`
+      and `decode` would work with statistics that belong to neither.
+  D11 fid's reference is metrics.py's, 10,000 test images (MNIST: its training set); the paper's is all training images. The
+      authors' script takes MSE of pixels in [-1, 1]: what is `mse_pm1` here.
 
 Run it.  python latentmap.py                                        the Swiss roll (Figs. 4 and 5), minutes, offline
          python latentmap.py --model vae                            ... and its baselines: vae, aae, alae, wae, introvae, age
@@ -436,9 +438,9 @@ def age_loss_e(real, fake, x, x_hat, mu):
 
 
 def age_loss_g(fake, z, lam):
-    """AGE: g minimises Delta(e(g(Z))), plus lam ||z - e(g(z))||^2, here a mean over numbers: on the sphere of radius sqrt(dim)
-    that is the squared distance on the unit sphere (D9)."""
-    return kl_fit(fake) + lam * (z - fake).square().mean()
+    """AGE: g minimises Delta(e(g(Z))), plus lam / dim times 1 - cos(z, e(g(z))): up to a constant the mean over numbers of
+    -z e(g(z)) on the unit sphere, which its authors' weight of 1000 belongs to (D9)."""
+    return kl_fit(fake) + lam * (1 - F.cosine_similarity(z, fake)).mean() / z.shape[1]
 
 
 def r1_penalty(logits, x):
@@ -522,8 +524,7 @@ class Autoencoder(nn.Module):
         return self.E(x)
 
     def apart(self, network, y):
-        """`network(y)` for y that is not data or its codes: the running BN statistics, with which `encode` and `decode` work,
-        do not follow it (D10)."""
+        """`network(y)`, of which the running BN statistics, with which `encode` and `decode` work, take no notice (D10)."""
         norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
         for norm in norms:
             norm.momentum = 0.
@@ -543,6 +544,10 @@ class Autoencoder(nn.Module):
     def encode(self, x):
         """Data (n, ...) -> codes (n, dim), those that `decode` takes; a VAE's are the posterior means."""
         return self.infer(self.code, x)
+
+    def latents(self, x):
+        """Data (n, ...) -> codes (n, dim) as G meets them in training: a VAE's are draws from the posterior."""
+        return self.encode(x)
 
     def decode(self, z):
         """Codes (n, dim) -> data (n, ...)."""
@@ -665,6 +670,9 @@ class VAE(Autoencoder):
     def code(self, x):
         return self.posterior(x)[0]
 
+    def latents(self, x):
+        return self.infer(lambda x: self.draw(*self.posterior(x)), x)
+
     def draw(self, mu, log_var):
         return mu + (log_var / 2).exp() * torch.randn_like(mu)
 
@@ -736,8 +744,8 @@ class IntroVAE(VAE):
         kl_real, error = kl_normal(mu, log_var), squared_error(x, x_rec) / 2
         loss_e = introvae_loss_e(kl_real, kl_rec, kl_gen, error, c.margin, c.alpha, c.beta)
         self.update("E", loss_e)
-        with m.autocast():
-            x_rec, x_gen = (self.apart(self.G, y) for y in (z.detach(), z_prior))   # the same codes, for the E just moved
+        with m.autocast():                                          # the same codes, for the E just moved
+            x_rec, x_gen = self.apart(self.G, z.detach()), self.G(z_prior)
             kl_rec, kl_gen = (kl_normal(*self.posterior(y, made=True)) for y in (x_rec, x_gen))
         loss_g = introvae_loss_g(kl_rec, kl_gen, squared_error(x, x_rec) / 2, c.alpha, c.beta)
         self.update("G", loss_g)
@@ -759,7 +767,7 @@ class AGE(Autoencoder):
         c, m = self.config, self.machine
         with m.autocast():
             real = self.code(x)
-            x_hat = self.G(real)
+            x_hat = self.apart(self.G, real)
             with torch.no_grad():
                 made = self.apart(self.G, self.prior(len(x)))
             fake = self.code(made, made=True)
@@ -768,7 +776,7 @@ class AGE(Autoencoder):
         for _ in range(c.age_steps):
             with m.autocast():
                 z = self.prior(len(x))
-                fake = self.code(self.apart(self.G, z), made=True)
+                fake = self.code(self.G(z), made=True)              # G's statistics are those of draws (D10)
             loss_g = age_loss_g(fake, z, c.age_lam)
             self.update("G", loss_g)
         return {"E": loss_e, "G": loss_g, "kl_real": kl_fit(real), "kl_fake": kl_fit(fake),
@@ -1550,13 +1558,13 @@ class PointMetrics:
 
 
 def code_metrics(model, x, n_geometry=1000):
-    """latent_fd: Frechet distance of generated codes to the codes of x (n, ...); and `geometry` of its first thousand."""
+    """latent_fd: Frechet distance of generated codes to `latents` of x (n, ...); and `geometry` of its first thousand."""
     from metrics import frechet_distance_features
 
-    code = torch.cat([model.encode(part).cpu() for part in x.split(250)])
+    code, drawn = (torch.cat([codes(part).cpu() for part in x.split(250)]) for codes in (model.encode, model.latents))
     made = torch.cat([model.generated_codes(part).cpu() for part in model.prior(len(x), seed=2).split(250)])
     few = min(n_geometry, len(x))
-    result = {"latent_fd": frechet_distance_features(code, made)}
+    result = {"latent_fd": frechet_distance_features(drawn, made)}
     if few > 24:                                                    # or else twelve neighbours are half of all
         result |= geometry(x[:few].cpu(), code[:few], model.config.dataset == "swissroll")
     return result, f"latent_fd: {len(x)} codes vs {len(x)} generated; rank_corr, trust (k = 12): {few} items"
@@ -1606,7 +1614,10 @@ def train(config, machine, folder, state=None):
     config.steps = config.steps or math.ceil(config.epochs * batches.steps_per_epoch)
     config.eval_every = config.eval_every or max(1, math.ceil(config.steps / 12))
     # a resumed run keeps its own boundary, however long it is now to be
-    config.map_from = config.map_from or min(max(1, round(config.ae_share * config.steps)), config.steps - 1)
+    config.map_from = config.map_from or max(1, min(round(config.ae_share * config.steps), config.steps - 1))
+    if state is not None and config.method == "latentmap" and not config.joint and config.steps <= config.map_from:
+        raise UserError(f"--steps {config.steps} ends within the first phase, and g would stay untrained: this run needs more "
+                        f"than {config.map_from}")
     config.check()
     model, start, best = build(config, machine), 0, None
     evaluator = None
@@ -1631,6 +1642,9 @@ def train(config, machine, folder, state=None):
 
 def draw(config, machine, state, folder, n):
     """`--sample`: n images as PNGs and a grid of the first hundred, or n points as a table, from a checkpoint alone."""
+    if config.method == "latentmap" and not config.joint and state["step"] <= config.map_from:
+        raise UserError(f"--sample: step {state['step']} is in the first phase, and g untrained; train beyond step "
+                        f"{config.map_from}")
     model = build(config, machine)
     restore(state, model, None, machine)
     machine.seed_ranks()
@@ -1648,7 +1662,7 @@ def draw(config, machine, state, folder, n):
 
 def useless(config):
     """The flags that mean nothing to `config.model`."""
-    return (("inception",) if config.size == 0 else ()) \
+    return (("inception",) if config.size == 0 else ()) + (("gamma", "lam") if config.omega1 == config.omega2 == 0 else ()) \
         + (() if config.method == "latentmap" else ("joint", "gamma", "lam", "omega1", "omega2")) \
         + (() if config.method in ("latentmap", "aae") else ("recon",))
 
@@ -1674,7 +1688,7 @@ def main(argv=None):
     machine = Machine(args["device"], config.amp, config.seed)
     if args["bench"]:
         config.channels = 2 if config.size == 0 else 1 if config.dataset in GREY else 3
-        config.map_from = args["bench"] + 4                         # all of it in the first phase, the dearer one
+        config.map_from = 10 ** 9                                   # all of it in the first phase, the dearer one
         shape = (config.batch, config.channels) + (config.size, config.size) * (config.size > 0)
         x = torch.rand(shape, device=machine.device) * 2 - 1
         print(json.dumps({"model": config.model, "size": config.size, "width": config.width, "device": str(machine.device),

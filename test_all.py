@@ -3130,10 +3130,8 @@ def test_age_losses_are_a_fitted_gaussians():
     torch.testing.assert_close(latentmap.kl_fit(fake), delta(fake))
     torch.testing.assert_close(latentmap.age_loss_e(real, fake, x, x_hat, 3.), delta(real) - delta(fake)
                                + 3 * (x - x_hat).abs().mean())
-    torch.testing.assert_close(latentmap.age_loss_g(fake, real, 5.), delta(fake) + 5 * (fake - real).square().mean())
-    unit = latentmap.project(real) / 3 ** .5, latentmap.project(fake) / 3 ** .5             # D9: lambda is the unit sphere's
-    torch.testing.assert_close((latentmap.project(real) - latentmap.project(fake)).square().mean(),
-                               (unit[0] - unit[1]).square().sum(1).mean())
+    unit = latentmap.project(real) / 3 ** .5, latentmap.project(fake) / 3 ** .5
+    torch.testing.assert_close(latentmap.age_loss_g(fake, real, 5.), delta(fake) + 5 * (1 / 3 - (unit[0] * unit[1]).mean()))
     assert latentmap.kl_fit(torch.zeros(4, 2)).isfinite()
 
 
@@ -3744,15 +3742,52 @@ def test_latentmaps_running_statistics_follow_data_and_their_codes_only(model):
     assert norms(net.E) and all(torch.allclose(a.running_mean, b.running_mean, atol=1e-5) and
                                 torch.allclose(a.running_var, b.running_var, atol=1e-5)
                                 for a, b in zip(norms(net.E), norms(twin.E)))
-    if model in ("latentmap", "age"):
+    if model == "latentmap":
         twin.G(code)
         assert all(torch.allclose(a.running_var, b.running_var, atol=1e-5) for a, b in zip(norms(net.G), norms(twin.G)))
     assert all(m.momentum == .1 for m in norms(net))
 
 
+def test_ages_g_works_with_the_statistics_of_draws():
+    """All that its G is trained on, and what `sample` decodes (D10)."""
+    net, x = lm_small("age", "mnist", lr=0.)
+    z, twin = latentmap.draw_prior(len(x), net.config.latent, "sphere"), copy.deepcopy(net.G).train()
+    net.prior = lambda n, **_: z
+    net.step(x)
+    for _ in range(net.config.age_steps):
+        twin(z)
+    pairs = [(a, b) for a, b in zip(net.G.modules(), twin.modules()) if isinstance(a, torch.nn.BatchNorm2d)]
+    assert pairs
+    for a, b in pairs:
+        torch.testing.assert_close(a.running_var, b.running_var)
+
+
+def test_a_vaes_latents_are_draws():
+    """latent_fd compares what G was trained on; the means alone lack the posterior's variance."""
+    net, x = lm_small("vae", "mnist")
+    mu, log_var = net.infer(lambda x: torch.cat(net.posterior(x), 1), x).chunk(2, 1)
+    torch.testing.assert_close(net.encode(x), mu)
+    draws = torch.stack([net.latents(x) for _ in range(2000)])
+    assert (draws.mean(0) - mu).abs().max() < .15 * (log_var / 2).exp().max()
+    torch.testing.assert_close(draws.var(0), log_var.exp(), rtol=.3, atol=0)
+
+
+def test_latentmap_does_not_sample_from_an_untrained_map(tmp_path, capsys):
+    run = tmp_path / "run"
+    flags = ("--steps", 8, "--eval-every", 8, "--samples", 50, "--width", 16, "--device", "cpu", "--root", tmp_path)
+    assert cli(latentmap, *flags, "--out", run) == 0
+    state = torch.load(run / "last.pt", weights_only=True)
+    torch.save(state | {"step": 2}, run / "last.pt")
+    assert cli(latentmap, "--resume", run, "--sample", 2, "--device", "cpu") == 2
+    assert "step 2 is in the first phase" in capsys.readouterr().err
+    assert cli(latentmap, "--resume", run, "--steps", 3, "--device", "cpu") == 2
+    assert f"needs more than {state['config']['map_from']}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("module, flags", [
     (aim, ("--model", "gan", "--lam", 1)), (aim, ("--k", 1)), (latentmap, ("--model", "vae", "--omega1", 1)),
-    (latentmap, ("--model", "age", "--recon", "l1")), (ivgen, ("--model", "ivaae-rad", "--ema", .9)),
+    (latentmap, ("--model", "age", "--recon", "l1")), (latentmap, ("--model", "latentmap-noreg", "--gamma", .5)),
+    (latentmap, ("--inception", "auto")), (ivgen, ("--model", "ivaae-rad", "--ema", .9)),
 ])
 def test_a_flag_without_effect_is_refused(module, flags, capsys):
     assert cli(module, *flags) == 2
