@@ -687,7 +687,8 @@ class Machine:
             self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device)
             torch.empty(1, device=self.device)
         except (RuntimeError, AssertionError) as error:
-            raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from None
+            raise UserError(f"--device {device} cannot be used here ({str(error).splitlines()[0][:80]}); "
+                            "give auto, cpu, cuda or cuda:0") from None
         cuda = self.device.type == "cuda"
         if cuda:
             torch.cuda.set_device(self.device)
@@ -932,9 +933,22 @@ def folder_of(args, default):
     resumed = args["resume"] and pathlib.Path(args["resume"])
     resumed = resumed.parent if resumed and resumed.is_file() else resumed
     out = args["out"] and pathlib.Path(args["out"])
-    if out and resumed and (out / "config.json").exists() and out.resolve() != resumed.resolve():
-        raise UserError(f"--out {out} holds another run; give a new folder, or leave it out to go on in {resumed}")
-    return out or resumed or default
+    if out and resumed and out.resolve() != resumed.resolve() and out.is_dir() and any(out.iterdir()):
+        raise UserError(f"--out {out} holds something else; give a new folder, or leave it out to go on in {resumed}")
+    folder = pathlib.Path(out or resumed or default)
+    place = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):                 # said before the work begins
+        raise UserError(f"cannot write to the run folder {folder}: {place} is no folder that may be written to; choose another "
+                        "with --out")
+    return folder
+
+
+def set_length(config, batches, state):
+    """Fills in what follows from the data: steps an epoch, and steps, of a resumed run no fewer than it has behind it."""
+    config.steps_per_epoch = batches.steps_per_epoch
+    config.steps = config.steps or math.ceil(config.epochs * batches.steps_per_epoch)
+    if state is not None:
+        config.steps = max(config.steps, state["step"])
 
 
 def refuse(args, config, names):
@@ -1124,6 +1138,8 @@ def loop(config, machine, model, batches, run, start, best, evaluate):
     """
     metrics, text = {}, ""
     run.start_clock(start)
+    if start == config.steps and machine.rank == 0:
+        print(f"the run is at step {start} already; --steps beyond that would continue it", file=sys.stderr)
     if start == 0:
         run.save("last.pt", FILE, model, 0, batches, dataclasses.asdict(config), best)      # resumable from any kill
     for step in range(start + 1, config.steps + 1):
@@ -1263,9 +1279,8 @@ def train(config, machine, folder, state=None):
 
     train_set, test_set = load_both(config, machine)
     batches = Batches(train_set, config.batch, machine.device, config.size or None, config.seed, machine.rank, machine.world)
-    config.channels, config.steps_per_epoch = train_set.x.shape[1] if config.size == 0 else train_set.channels, \
-        batches.steps_per_epoch
-    config.steps = config.steps or math.ceil(config.epochs * batches.steps_per_epoch)
+    config.channels = train_set.x.shape[1] if config.size == 0 else train_set.channels
+    set_length(config, batches, state)
     config.eval_every = config.eval_every or max(1, min(10 * batches.steps_per_epoch, config.steps // 12))
     config.check()
     model, start, best = build(config, machine), 0, None

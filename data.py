@@ -106,7 +106,9 @@ def load(name: str, root="data", size: int | None = None, split: str = "train") 
     if name in IMAGE_SETS:
         return _fixed_size(name, root, split)
     folder = Path(os.path.abspath(os.path.expanduser(name)))  # not resolve(): a link keeps its own name
-    if folder.is_dir():
+    if not name or os.path.isfile(folder):
+        raise UserError(f"'{name}' is {'a file' if name else 'no name'}: give a folder of pictures, or the name of a set")
+    if os.path.isdir(folder):
         try:
             return _folder(folder, root, size, split)
         except OSError as error:  # no permission
@@ -121,7 +123,7 @@ def load(name: str, root="data", size: int | None = None, split: str = "train") 
 # ------------------------------------------------------------------------------------- bytes, floats, batches
 
 
-def to_float(u8: Tensor, size: int | None = None) -> Tensor:
+def to_float(u8: torch.Tensor, size: int | None = None) -> torch.Tensor:
     """uint8 (B, C, H, W) -> float32 in [-1, 1]; (B, C, size, size), bilinear and antialiased, if that differs."""
     if u8.dtype != torch.uint8:
         raise ValueError(f"to_float takes uint8 images, not {u8.dtype}")
@@ -132,7 +134,7 @@ def to_float(u8: Tensor, size: int | None = None) -> Tensor:
     return x.div_(127.5).sub_(1)
 
 
-def to_uint8(x: Tensor) -> Tensor:
+def to_uint8(x: torch.Tensor) -> torch.Tensor:
     """float in [-1, 1] -> uint8, rounded (truncation would darken) and clamped; undoes to_float exactly."""
     return x.float().add(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
 
@@ -643,16 +645,23 @@ def sheet(dataset: Dataset) -> Tensor:
     return to_uint8(torchvision.utils.make_grid(x, nrow=10, pad_value=0.0))
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse with its complaint as one sentence."""
+
+    def error(self, message):
+        raise UserError(f"{message}; see --help")
+
+
 def main(argv=None) -> int:
     """The command line, `python data.py NAME`; returns the exit code (2 after one sentence for a user's mistake)."""
-    parser = argparse.ArgumentParser(description="Look at a dataset: a summary, and a sheet of a hundred pictures.")
+    parser = Parser(description="Look at a dataset: a summary, and a sheet of a hundred pictures.")
     parser.add_argument("name", help=f"{', '.join(IMAGE_SETS + POINT_SETS)}, or a folder of pictures")
     parser.add_argument("--root", default="data", help="where downloads and the cache live (default: data)")
     parser.add_argument("--size", type=int, help="pixels to decode to, for folders, celeba and lsun-church")
     parser.add_argument("--split", default="train", help="train (default) or test")
     parser.add_argument("--out", help="the sheet (default: NAME-SPLIT.png)")
-    args = parser.parse_args(argv)
     try:
+        args = parser.parse_args(argv)
         dataset = load(args.name, args.root, args.size, args.split)
         out = args.out or f"{dataset.name}-{dataset.split}.png"
         try:

@@ -516,10 +516,10 @@ def reconstruction_loss(x_hat, x):
 
 
 def gradient_penalty(critic, real, fake):
-    """WGAN-GP: E[(||grad_x critic(x)|| - 1)^2] at points between real and fake, (B, C, S, S) each."""
+    """WGAN-GP: E[(||grad_x critic(x)|| - 1)^2] at points between real and fake, (B, C, S, S) each; critic: images -> (B,)."""
     u = torch.rand(len(real), 1, 1, 1, device=real.device)
     x = torch.lerp(fake.float(), real.float(), u).requires_grad_()
-    gradient, = torch.autograd.grad(critic(x)[0].sum(), x, create_graph=True)
+    gradient, = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
     return (gradient.flatten(1).norm(dim=1) - 1).square().mean()
 
 
@@ -614,7 +614,7 @@ class IVGAN(Coder):
                 losses["f_ce"] = classification_loss(self.D(images["x_i"].detach())[1], images["index"])
                 total = total + c.mu * losses["f_ce"]               # gradient descent on -log f: f learns to tell
             if c.base == "wgan-gp":
-                losses["d_gp"] = gradient_penalty(self.D, real, fake)
+                losses["d_gp"] = gradient_penalty(lambda x: self.D(x)[0], real, fake)
                 total = total + 10 * losses["d_gp"]                 # D10
         m.apply(self.optimisers["D"], params, m.gradients(total, params))
         if c.base == "wgan":
@@ -769,7 +769,7 @@ def prior_loss(logits):
     return -logits[:-1].log_softmax(2)[..., -1].mean()
 
 
-def squared_error(x_hat, x):
+def wae_reconstruction(x_hat, x):
     """WAE's cost: .05 times the squared error, summed over an image, mean over the batch (D14). (B, C, S, S) each."""
     return .05 * (x_hat.float() - x.float()).square().flatten(1).sum(1).mean()
 
@@ -840,7 +840,7 @@ class IVAAE(Coder):
         self.set_rates()
         with m.autocast():
             z = self.E(x).float()                                                           # line 4
-            losses = {"rec": squared_error(self.G(z), x)}                                   # line 5
+            losses = {"rec": wae_reconstruction(self.G(z), x)}                                   # line 5
         if self.D is None:
             losses["mmd"] = mmd_imq(z, torch.randn_like(z))
             total = c.lam * losses["rec"] + c.lam_mmd * losses["mmd"]
@@ -1031,7 +1031,8 @@ class Machine:
             self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device)
             torch.empty(1, device=self.device)
         except (RuntimeError, AssertionError) as error:
-            raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from None
+            raise UserError(f"--device {device} cannot be used here ({str(error).splitlines()[0][:80]}); "
+                            "give auto, cpu, cuda or cuda:0") from None
         cuda = self.device.type == "cuda"
         if cuda:
             torch.cuda.set_device(self.device)
@@ -1276,9 +1277,22 @@ def folder_of(args, default):
     resumed = args["resume"] and pathlib.Path(args["resume"])
     resumed = resumed.parent if resumed and resumed.is_file() else resumed
     out = args["out"] and pathlib.Path(args["out"])
-    if out and resumed and (out / "config.json").exists() and out.resolve() != resumed.resolve():
-        raise UserError(f"--out {out} holds another run; give a new folder, or leave it out to go on in {resumed}")
-    return out or resumed or default
+    if out and resumed and out.resolve() != resumed.resolve() and out.is_dir() and any(out.iterdir()):
+        raise UserError(f"--out {out} holds something else; give a new folder, or leave it out to go on in {resumed}")
+    folder = pathlib.Path(out or resumed or default)
+    place = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):                 # said before the work begins
+        raise UserError(f"cannot write to the run folder {folder}: {place} is no folder that may be written to; choose another "
+                        "with --out")
+    return folder
+
+
+def set_length(config, batches, state):
+    """Fills in what follows from the data: steps an epoch, and steps, of a resumed run no fewer than it has behind it."""
+    config.steps_per_epoch = batches.steps_per_epoch
+    config.steps = config.steps or math.ceil(config.epochs * batches.steps_per_epoch)
+    if state is not None:
+        config.steps = max(config.steps, state["step"])
 
 
 def refuse(args, config, names):
@@ -1468,6 +1482,8 @@ def loop(config, machine, model, batches, run, start, best, evaluate):
     """
     metrics, text = {}, ""
     run.start_clock(start)
+    if start == config.steps and machine.rank == 0:
+        print(f"the run is at step {start} already; --steps beyond that would continue it", file=sys.stderr)
     if start == 0:
         run.save("last.pt", FILE, model, 0, batches, dataclasses.asdict(config), best)      # resumable from any kill
     for step in range(start + 1, config.steps + 1):
@@ -1572,8 +1588,8 @@ def train(config, machine, folder, state=None):
     if train_set.kind != "images":
         raise UserError(f"--dataset {config.dataset} holds points; ivgen.py needs images")
     batches = Batches(train_set, config.batch, machine.device, config.size, config.seed, machine.rank, machine.world)
-    config.channels, config.steps_per_epoch = train_set.channels, batches.steps_per_epoch
-    config.steps = config.steps or math.ceil(config.epochs * batches.steps_per_epoch)
+    config.channels = train_set.channels
+    set_length(config, batches, state)
     config.eval_every = config.eval_every or max(1, min(10 * batches.steps_per_epoch, config.steps // 12))
     config.check()
     model, start, best = build(config, machine), 0, None

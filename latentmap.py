@@ -1025,7 +1025,8 @@ class Machine:
             self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device)
             torch.empty(1, device=self.device)
         except (RuntimeError, AssertionError) as error:
-            raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from None
+            raise UserError(f"--device {device} cannot be used here ({str(error).splitlines()[0][:80]}); "
+                            "give auto, cpu, cuda or cuda:0") from None
         cuda = self.device.type == "cuda"
         if cuda:
             torch.cuda.set_device(self.device)
@@ -1270,9 +1271,22 @@ def folder_of(args, default):
     resumed = args["resume"] and pathlib.Path(args["resume"])
     resumed = resumed.parent if resumed and resumed.is_file() else resumed
     out = args["out"] and pathlib.Path(args["out"])
-    if out and resumed and (out / "config.json").exists() and out.resolve() != resumed.resolve():
-        raise UserError(f"--out {out} holds another run; give a new folder, or leave it out to go on in {resumed}")
-    return out or resumed or default
+    if out and resumed and out.resolve() != resumed.resolve() and out.is_dir() and any(out.iterdir()):
+        raise UserError(f"--out {out} holds something else; give a new folder, or leave it out to go on in {resumed}")
+    folder = pathlib.Path(out or resumed or default)
+    place = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):                 # said before the work begins
+        raise UserError(f"cannot write to the run folder {folder}: {place} is no folder that may be written to; choose another "
+                        "with --out")
+    return folder
+
+
+def set_length(config, batches, state):
+    """Fills in what follows from the data: steps an epoch, and steps, of a resumed run no fewer than it has behind it."""
+    config.steps_per_epoch = batches.steps_per_epoch
+    config.steps = config.steps or math.ceil(config.epochs * batches.steps_per_epoch)
+    if state is not None:
+        config.steps = max(config.steps, state["step"])
 
 
 def refuse(args, config, names):
@@ -1462,6 +1476,8 @@ def loop(config, machine, model, batches, run, start, best, evaluate):
     """
     metrics, text = {}, ""
     run.start_clock(start)
+    if start == config.steps and machine.rank == 0:
+        print(f"the run is at step {start} already; --steps beyond that would continue it", file=sys.stderr)
     if start == 0:
         run.save("last.pt", FILE, model, 0, batches, dataclasses.asdict(config), best)      # resumable from any kill
     for step in range(start + 1, config.steps + 1):
@@ -1609,13 +1625,13 @@ def train(config, machine, folder, state=None):
 
     train_set, test_set = load_both(config, machine)
     batches = Batches(train_set, config.batch, machine.device, config.size or None, config.seed, machine.rank, machine.world)
-    config.channels, config.steps_per_epoch = train_set.x.shape[1] if config.size == 0 else train_set.channels, \
-        batches.steps_per_epoch
-    config.steps = config.steps or math.ceil(config.epochs * batches.steps_per_epoch)
+    config.channels = train_set.x.shape[1] if config.size == 0 else train_set.channels
+    set_length(config, batches, state)
     config.eval_every = config.eval_every or max(1, math.ceil(config.steps / 12))
     # a resumed run keeps its own boundary, however long it is now to be
     config.map_from = config.map_from or max(1, min(round(config.ae_share * config.steps), config.steps - 1))
-    if state is not None and config.method == "latentmap" and not config.joint and config.steps <= config.map_from:
+    two_phases = config.method == "latentmap" and not config.joint
+    if state is not None and two_phases and state["step"] < config.steps <= config.map_from:
         raise UserError(f"--steps {config.steps} ends within the first phase, and g would stay untrained: this run needs more "
                         f"than {config.map_from}")
     config.check()

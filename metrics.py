@@ -659,7 +659,7 @@ def frechet_latent_distance(z):
     return (moments.mean.square().sum() + (s - 1).square().sum()).item()
 
 
-def kernel_distance(f1, f2, subsets=100, size=1000, seed=SEED):
+def kernel_distance(f1, f2, subsets=100, size=1000, seed=2020):
     """KID: unbiased squared MMD with the kernel (x.y/d + 1)^3, as (mean, std) over random subsets of `size` rows.
 
     Features (N, d). Being unbiased it may come out negative. std has ddof 0. ValueError where a set has fewer than
@@ -1183,9 +1183,16 @@ def run(args):
     return result
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse with its complaint as one sentence."""
+
+    def error(self, message):
+        raise UserError(f"{message}; see --help")
+
+
 def main(argv=None):
     """Parse, run, print. Returns the exit code: 0, or 2 after one sentence on stderr."""
-    parser = argparse.ArgumentParser(description="Compare two sets of images. `metrics.py stats A out.pt` saves the "
+    parser = Parser(description="Compare two sets of images. `metrics.py stats A out.pt` saves the "
                                      "statistics of A. What each number means stands at the top of the file.")
     add = parser.add_argument
     add("sources", nargs="+", metavar="A B", help="folder, data set (mnist, cifar10:test) or saved .pt; A is real")
@@ -1202,9 +1209,8 @@ def main(argv=None):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--batch", type=int, default=32)
     add("--root", default="data", help="where data sets and caches are")
-    args = parser.parse_args(argv)
     try:
-        result = run(args)
+        result = run(args := parser.parse_args(argv))
     except ValueError as error:
         if type(error).__name__ != "UserError":  # data.py has a class of this name too
             raise

@@ -1567,7 +1567,7 @@ def test_adversarial_losses_are_their_equations():
 def test_gradient_penalty_of_a_linear_critic():
     """A critic <a, x> has gradient a everywhere: the penalty is (||a|| - 1)^2, whatever the images."""
     a = torch.randn(1, 4, 4, requires_grad=True)
-    penalty = ivgen.gradient_penalty(lambda x: ((x * a).sum((1, 2, 3)), None), torch.randn(6, 1, 4, 4), torch.randn(6, 1, 4, 4))
+    penalty = ivgen.gradient_penalty(lambda x: (x * a).sum((1, 2, 3)), torch.randn(6, 1, 4, 4), torch.randn(6, 1, 4, 4))
     assert abs(penalty.item() - (a.norm().item() - 1) ** 2) < 1e-4
     gradient, = torch.autograd.grad(penalty, a)                     # it is itself differentiable: that is what D descends
     torch.testing.assert_close(gradient, 2 * (a.norm() - 1) * a / a.norm())
@@ -2007,10 +2007,26 @@ def test_a_run_is_not_resumed_into_another(pictures, tmp_path, capsys):
     for name in ("a", "b"):
         assert cli(ivgen, *quick(pictures, tmp_path, "--steps", 1, "--out", tmp_path / name)) == 0
     assert cli(ivgen, "--resume", tmp_path / "a", "--steps", 2, "--out", tmp_path / "b") == 2
-    assert "holds another run" in capsys.readouterr().err
+    assert "holds something else" in capsys.readouterr().err
     assert cli(ivgen, "--resume", tmp_path / "a", "--sample", 3, "--device", "cpu") == 0
     assert cli(ivgen, "--resume", tmp_path / "a", "--sample", 2, "--device", "cpu") == 0
     assert len(list((tmp_path / "a/drawn").iterdir())) == 2         # never of two checkpoints
+
+
+def test_a_finished_run_is_not_resumed_in_silence(pictures, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert cli(ivgen, *quick(pictures, tmp_path, "--steps", 2, "--out", run)) == 0
+    for flags in ((), ("--steps", 1), ("--epochs", .01)):
+        assert cli(ivgen, "--resume", run, *flags) == 0
+        assert "the run is at step 2 already" in capsys.readouterr().err
+        assert json.loads((run / "config.json").read_text())["steps"] == 2
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_any_work(pictures, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ivgen, "load_both", lambda *_: pytest.fail("work was begun"))
+    (tmp_path / "file").write_text("")
+    assert cli(ivgen, *quick(pictures, tmp_path, "--steps", 1, "--out", tmp_path / "file/run")) == 2
+    assert "cannot write to the run folder" in capsys.readouterr().err
 
 
 def test_grey_and_coloured_halves_do_not_go_together(tmp_path, capsys):
@@ -2267,7 +2283,7 @@ def test_mmd_is_unbiased_and_equals_the_double_loop():
 
 def test_squared_error_is_waes():
     x, y = torch.rand(2, 3, 4, 4), torch.rand(2, 3, 4, 4)
-    assert ivgen.squared_error(x, y) == pytest.approx(.05 * ((x - y) ** 2).sum().item() / 2, rel=1e-5)
+    assert ivgen.wae_reconstruction(x, y) == pytest.approx(.05 * ((x - y) ** 2).sum().item() / 2, rel=1e-5)
 
 
 def test_ivaae_networks_are_tables_3_and_4():
