@@ -1183,6 +1183,11 @@ def run_cli(main):
             raise
         print(f"{pathlib.Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        if error.name not in ("data", "metrics"):
+            raise
+        print(f"{pathlib.Path(sys.argv[0]).name}: put {error.name}.py beside it, which training needs", file=sys.stderr)
+        return 2
     except NotFinite as error:
         print(f"\n{pathlib.Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         return 3

@@ -3904,6 +3904,10 @@ def test_each_file_imports_alone(name, tmp_path):
     done = subprocess.run([sys.executable, "-c", f"import sys; sys.path[:0] = ['.']; import {name}; print({name}.__file__)"],
                           cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
     assert done.returncode == 0 and str(tmp_path) in done.stdout, done.stderr
+    if name in PAPERS:                                              # it says what it would need to train
+        done = subprocess.run([sys.executable, f"{name}.py", "--device", "cpu"], cwd=tmp_path, capture_output=True, text=True,
+                              env={**os.environ, "PYTHONPATH": ""})
+        assert done.returncode == 2 and done.stderr == f"{name}.py: put data.py beside it, which training needs\n"
 
 
 def results():
