@@ -1071,6 +1071,7 @@ def benchmark(model, x, steps, compiled=False):
     with CountFlops() as counter:                           # before compiling, which hides single operations
         for _ in range(5):                                  # not every step need be alike: WGAN's G moves at each fifth
             model.step(x)
+    flops = counter.total / 5
     if compiled:
         compile_networks(model)
     for n in range(steps + 3):
@@ -1085,8 +1086,8 @@ def benchmark(model, x, steps, compiled=False):
     seconds = (time.perf_counter() - seconds) / steps
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"images_per_s": round(len(x) / seconds, 1), "ms_per_step": round(seconds * 1e3, 2), "batch": len(x),
-            "gflop_per_step": float(f"{counter.total / 5e9:.4g}"),
-            "tflop_per_s": float(f"{counter.total / 5 / seconds / 1e12:.3g}"), "peak_memory_mib": peak >> 20}
+            "gflop_per_step": float(f"{flops / 1e9:.4g}"),
+            "tflop_per_s": float(f"{flops / seconds / 1e12:.3g}"), "peak_memory_mib": peak >> 20}
 
 
 def save_grid(path, x, columns=10):

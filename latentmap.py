@@ -153,6 +153,10 @@ class Config:
     samples: int = 50_000           # generated images (points) a metric is computed from: "50K generated samples"
     inception: str = ""             # weights for fid: a path, "auto" to download, "" for none
 
+    def first_phase(self, step):
+        """Whether `step` trains LatentMap's autoencoder and leaves g untrained."""
+        return self.method == "latentmap" and not self.joint and step <= self.map_from
+
     def check(self):
         """Raises UserError, in one sentence, for settings that cannot work."""
         if self.model not in MODELS:
@@ -545,10 +549,6 @@ class Autoencoder(nn.Module):
         """Data (n, ...) -> codes (n, dim), those that `decode` takes; a VAE's are the posterior means."""
         return self.infer(self.code, x)
 
-    def latents(self, x):
-        """Data (n, ...) -> codes (n, dim) as G meets them in training: a VAE's are draws from the posterior."""
-        return self.encode(x)
-
     def decode(self, z):
         """Codes (n, dim) -> data (n, ...)."""
         return self.infer(self.G, z)
@@ -671,6 +671,7 @@ class VAE(Autoencoder):
         return self.posterior(x)[0]
 
     def latents(self, x):
+        """Data (n, ...) -> codes (n, dim) as G meets them in training: draws from the posterior."""
         return self.infer(lambda x: self.draw(*self.posterior(x)), x)
 
     def draw(self, mu, log_var):
@@ -1409,6 +1410,7 @@ def benchmark(model, x, steps, compiled=False):
     with CountFlops() as counter:                           # before compiling, which hides single operations
         for _ in range(5):                                  # not every step need be alike: WGAN's G moves at each fifth
             model.step(x)
+    flops = counter.total / 5
     if compiled:
         compile_networks(model)
     for n in range(steps + 3):
@@ -1423,8 +1425,8 @@ def benchmark(model, x, steps, compiled=False):
     seconds = (time.perf_counter() - seconds) / steps
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"images_per_s": round(len(x) / seconds, 1), "ms_per_step": round(seconds * 1e3, 2), "batch": len(x),
-            "gflop_per_step": float(f"{counter.total / 5e9:.4g}"),
-            "tflop_per_s": float(f"{counter.total / 5 / seconds / 1e12:.3g}"), "peak_memory_mib": peak >> 20}
+            "gflop_per_step": float(f"{flops / 1e9:.4g}"),
+            "tflop_per_s": float(f"{flops / seconds / 1e12:.3g}"), "peak_memory_mib": peak >> 20}
 
 
 def save_grid(path, x, columns=10):
@@ -1579,10 +1581,13 @@ class PointMetrics:
 
 
 def code_metrics(model, x, n_geometry=1000):
-    """latent_fd: Frechet distance of generated codes to `latents` of x (n, ...); and `geometry` of its first thousand."""
+    """latent_fd: Frechet distance of generated codes to those of x (n, ...), of a VAE to draws from its posterior; and
+    `geometry` of the first thousand codes."""
     from metrics import frechet_distance_features
 
-    code, drawn = (torch.cat([codes(part).cpu() for part in x.split(250)]) for codes in (model.encode, model.latents))
+    codes_by = lambda encode: torch.cat([encode(part).cpu() for part in x.split(250)])
+    code = codes_by(model.encode)
+    drawn = codes_by(model.latents) if isinstance(model, VAE) else code
     made = torch.cat([model.generated_codes(part).cpu() for part in model.prior(len(x), seed=2).split(250)])
     few = min(n_geometry, len(x))
     result = {"latent_fd": frechet_distance_features(drawn, made)}
@@ -1597,7 +1602,7 @@ def evaluate(model, evaluator, run, step, epoch, test, classes, config):
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)                                        # evaluations compare models, not draws
         (figures_images if config.size else figures_points)(model, run, step, *test, classes)
-        phase_1 = config.method == "latentmap" and not config.joint and step <= config.map_from
+        phase_1 = config.first_phase(step)
         # in the first phase g has not been trained: what it makes says nothing
         metrics = evaluator(None if phase_1 else model.sample, model.reconstruct) if config.size else evaluator(model)
         codes, protocol = code_metrics(model, test[0])
@@ -1635,8 +1640,7 @@ def train(config, machine, folder, state=None):
     config.eval_every = config.eval_every or max(1, math.ceil(config.steps / 12))
     # a resumed run keeps its own boundary, however long it is now to be
     config.map_from = config.map_from or max(1, min(round(config.ae_share * config.steps), config.steps - 1))
-    two_phases = config.method == "latentmap" and not config.joint
-    if state is not None and two_phases and state["step"] < config.steps <= config.map_from:
+    if state is not None and state["step"] < config.steps and config.first_phase(config.steps):
         raise UserError(f"--steps {config.steps} ends within the first phase, and g would stay untrained: this run needs more "
                         f"than {config.map_from}")
     config.check()
@@ -1663,7 +1667,7 @@ def train(config, machine, folder, state=None):
 
 def draw(config, machine, state, folder, n):
     """`--sample`: n images as PNGs and a grid of the first hundred, or n points as a table, from a checkpoint alone."""
-    if config.method == "latentmap" and not config.joint and state["step"] <= config.map_from:
+    if config.first_phase(state["step"]):
         raise UserError(f"--sample: step {state['step']} is in the first phase, and g untrained; train beyond step "
                         f"{config.map_from}")
     model = build(config, machine)

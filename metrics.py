@@ -1152,8 +1152,8 @@ def run(args):
     wanted = {name for name in ("fid", "fcd", "kid", "is", "pr") if getattr(args, name)} or {"fid"}
     if saving and wanted not in ({"fid"}, {"fcd"}):
         raise UserError("`stats` saves what one of --fid and --fcd needs")
-    out = Path(args.sources[2] if saving else "A.pt")
-    if out.suffix != ".pt" or not out.parent.is_dir():
+    out = Path(args.sources[2]) if saving else None
+    if out and (out.suffix != ".pt" or not out.parent.is_dir()):
         raise UserError(f"cannot write {out}: give the name of a .pt file in a folder that exists")
     opened = [open_source(name, args) for name in args.sources[saving : saving + 2 - saving]]
     for name, least, sets in (("is", 10, opened[1:]), ("pr", 4, opened)):
@@ -1192,8 +1192,8 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv=None):
     """Parse, run, print. Returns the exit code: 0, or 2 after one sentence on stderr."""
-    parser = Parser(description="Compare two sets of images. `metrics.py stats A out.pt` saves the "
-                                     "statistics of A. What each number means stands at the top of the file.")
+    parser = Parser(description="Compare two sets of images. `metrics.py stats A out.pt` saves the statistics of A. What each "
+                                "number means stands at the top of the file.")
     add = parser.add_argument
     add("sources", nargs="+", metavar="A B", help="folder, data set (mnist, cifar10:test) or saved .pt; A is real")
     add("--fid", action="store_true", help="Frechet Inception distance (the default)")
