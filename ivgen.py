@@ -50,7 +50,8 @@ Where this file departs from the papers, or had to choose (D1... here, D14... fo
       every fifth step, so that each critic step sees a fresh batch.
   D11 DCGAN's and LSGAN's losses of D are averaged over the 2n real and generated images (Alg. 1, line 10: alpha / 2n).
   D12 G sees batches of prior noise and of codes. Its running BN statistics, which `sample` uses, follow the former only: with
-      all of them mixed in, samples would be decoded with statistics that belong to neither. E's follow data, not G(O_i(E(x))).
+      all of them mixed in, samples would be decoded with statistics that belong to neither. E's follow data, not G(O_i(E(x)));
+      as E's rate is 50 times G's, they lag behind its weights, and each evaluation first takes them anew from training images.
   D13 `--mu` and `--lam` set G's and D's weights and keep E's in the paper's proportion to them (2 and 4), so that `--mu 0` is
       Table 4's "without the intervention loss".
 
@@ -583,6 +584,17 @@ class IVGAN(Coder):
         for module in network.modules():
             if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
                 module.momentum = momentum
+
+    def settle(self, batches):
+        """E's running BN statistics anew, as the mean over `batches` of images in [-1, 1]: those of training lag (D12)."""
+        for module in self.E.modules():
+            if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+                module.reset_running_stats()
+        self.follow(self.E, None)                                   # None: a plain mean over the batches seen
+        with torch.no_grad(), self.machine.autocast():
+            for x in batches:
+                self.E(x.to(memory_format=torch.channels_last))
+        self.follow(self.E, .1)
 
     def step(self, x):
         """One iteration of Algorithm 1 on images x (B, C, S, S) in [-1, 1]. Returns its losses as scalars."""
@@ -1558,9 +1570,13 @@ def run_cli(main):
 
 def evaluate(model, evaluator, run, step, epoch, x, config, train_set):
     """Pictures and metrics of one moment; on rank 0, and without disturbing the training's random numbers."""
+    from data import ordered
     from metrics import frechet_latent_distance
 
     began, latent = time.time(), {}
+    if not config.bridge and model.E is not None:
+        batches = ordered(train_set, 50 * config.batch, config.batch, model.machine.device, config.size)
+        model.settle(x for x, _ in batches if len(x) == config.batch)
     if config.bridge:
         codes = codes_of(model, train_set)
         figures_ivaae(model, run, step, x, codes)

@@ -1986,6 +1986,33 @@ def test_es_running_statistics_are_those_of_data(monkeypatch):
     torch.testing.assert_close(last.running_mean, expected)
 
 
+def test_an_evaluation_takes_es_statistics_anew_and_leaves_training_alone(pictures, tmp_path):
+    """D12: after settle they are the plain mean over the batches with the present weights; the next step does not notice."""
+    model, x = small("ivlsgan", lr_e=.01)
+    for _ in range(3):
+        model.step(x)
+    twin, seen = copy.deepcopy(model), []
+    batches = [torch.rand_like(x) * 2 - 1 for _ in range(4)]
+    hook = list(model.E)[-1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().float()))
+    model.settle(batches)
+    hook.remove()
+    last, error = list(model.E)[-1], lambda m: sum((m.encode(b) - m.E(b)).square().mean().item() for b in batches)
+    torch.testing.assert_close(last.running_mean, torch.stack([h.mean(0) for h in seen]).mean(0))
+    torch.testing.assert_close(last.running_var, torch.stack([h.var(0) for h in seen]).mean(0))
+    assert error(model) < error(twin) / 4                           # encode now does what E does in training
+    for net in (model, twin):
+        torch.manual_seed(7)
+        net.step(x)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters()))
+    run = tmp_path / "run"                                          # and a run does so: last.pt has statistics of whole batches
+    assert cli(ivgen, *quick(pictures, tmp_path, "--steps", 3, "--out", run)) == 0
+    state = ivgen.load_checkpoint(run, "ivgen")
+    train_set = data.load(str(pictures), tmp_path, state["config"]["size"], "train")
+    whole = min(len(train_set) // state["config"]["batch"], 50)
+    counts = {n: v for n, v in state["weights"].items() if n.startswith("E.") and n.endswith("num_batches_tracked")}
+    assert counts and all(v == whole for v in counts.values()) and whole != 3
+
+
 @pytest.mark.parametrize("off, missing", [(dict(mu=0., mu_e=0.), {"iv", "f_ce"}), (dict(lam=0., lam_e=0.), {"rec_x", "rec_z"})])
 def test_a_term_without_weight_is_not_computed(off, missing):
     model, x = small("ivlsgan", **off)
