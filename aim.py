@@ -48,7 +48,8 @@ Where this file departs from the paper, or had to choose (D1...):
       does, from the posterior's mean.
   D8  ALICE adds ||x - G(z)||_k^k, z ~ q(z|x), as a mean over numbers, `--k 2` (squared) by default, times lam = 1; `alice-adv`
       learns the cycle by a second discriminator on the pairs (x, x) and (x, G(z)) instead.
-  D9  BN's scales start at 1 (paper: weights N(0, .02), biases 0; silent on BN).
+  D9  BN's scales start at 1 (paper: weights N(0, .02), biases 0; silent on BN). G's running statistics, which `sample` uses,
+      follow draws of the prior alone, not ALICE's G(z), z ~ q(z|x).
 
 Run it.  python aim.py                                      AIM on the grid of 25 Gaussians (Fig. 3, Table 2), minutes, offline
          python aim.py --model gan                          ... and its baselines: gan, ali, alice, alice-adv
@@ -541,6 +542,16 @@ class ALI(AIM):
     def code_distribution(self, x):
         return self.E(x)
 
+    def cycle(self, z_hat):
+        """x^ = G(z), z ~ q(z|x), of which G's running BN statistics take no notice (D9)."""
+        norms = [module for module in self.G.modules() if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d))]
+        for norm in norms:
+            norm.momentum = 0.
+        x_hat = self.G(z_hat)
+        for norm in norms:
+            norm.momentum = .1
+        return x_hat
+
     def losses(self, x, z):
         """As AIM's: {"d": for D, "g": ALI's joint game for G and E, "e": lam times ALICE's cycle}."""
         c, x_tilde = self.config, self.G(z)
@@ -549,11 +560,11 @@ class ALI(AIM):
         real, fake = self.D(x, z_hat), self.D(x_tilde, z)
         losses = {"d": discriminator_loss(real, fake), "g": joint_loss(real, fake)}
         if self.lam and c.adversarial_cycle:
-            same, cycle = self.pairs(torch.cat([x, x], 1)), self.pairs(torch.cat([x, self.G(z_hat)], 1))
+            same, cycle = self.pairs(torch.cat([x, x], 1)), self.pairs(torch.cat([x, self.cycle(z_hat)], 1))
             losses["d"] = losses["d"] + self.lam * discriminator_loss(same, cycle)
             losses["e"] = self.lam * generator_loss(cycle)
         elif self.lam:
-            losses["e"] = self.lam * cycle_loss(x, self.G(z_hat), c.k)
+            losses["e"] = self.lam * cycle_loss(x, self.cycle(z_hat), c.k)
         return losses
 
 

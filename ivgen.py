@@ -83,7 +83,8 @@ Algorithm 1 (one call of `IVAAE.step`).
       8 -> 12 -> 16 -> 32 -> 64 by kernels 5, 5, 6, 4, strides 1, 1, 2, 2, to as many channels as the images have, keeps every
       other printed stride. "FC(C1)" ends in the latent dimension.
   D18 D's t + 1 outputs at t = 1 are AAE's one: their difference is its logit. So `aae` is this class at t = 1, by default with
-      Algorithm 1's loss of E; `--e-loss prior` gives it the form of WAE-GAN's, with this paper's weights.
+      Algorithm 1's loss of E; `--e-loss prior` gives it the form of WAE-GAN's, with this paper's weights (so the code counts
+      twice as much: in Algorithm 1's mean over two terms that of the prior has no gradient for E).
   D19 Each T_k draws noise of its own (line 3 draws one z for all k: the same in the mean). WAE-MMD's lambda on CIFAR-10 and the
       settings of Fashion-MNIST are those of CelebA and MNIST (paper silent).
 

@@ -55,11 +55,12 @@ Where this file departs from the paper, or had to choose (D1...):
       silent). MNIST's epochs (25, CelebA's), CIFAR-10's 32 pixels and CelebA's 128 dimensions (Mimicry's) are ours, too.
   D8  The baselines share E, G, optimiser and batch. VAE: beta / 2 ||x - x^||^2 summed over the item, plus KL: a Gaussian of
       variance 1 / beta (images: 1/2, which makes it the plain sum; points: 1/1000). WAE: .05 times the sum plus `wae_lam` MMD,
-      with the inverse multiquadratic kernels of its authors; 10 on MNIST, 100 on CelebA (theirs; points: .5, ours). AAE:
+      with the inverse multiquadratic kernels of its authors; 10 on MNIST, 100 on CelebA (their paper's; points: .5, ours). AAE:
       reconstruction (D1's mean), D and E's adversarial steps have optimisers of their own, in this order.
-  D9  IntroVAE, its Eqs. (11) and (12): alpha is its authors', the margin m and beta are ours; the hinge is taken item by
-      item. AGE: codes and prior on the sphere of radius sqrt(dim), KL of the batch's fitted diagonal Gaussian divided by dim
-      (ours: the weights then need no change with dim), L1 between images as a mean, 1 - cos between codes over dim (theirs).
+  D9  IntroVAE, its Eqs. (11) and (12): one alpha, for E what its authors' code takes (for G that has twice as much), the
+      margin m and beta are ours; the hinge is taken item by item. AGE: codes and prior on the sphere of radius sqrt(dim), KL of
+      the batch's fitted diagonal Gaussian over dim (theirs takes the variance for the deviation, which is about twice the KL:
+      its weights are halved here), L1 between images as a mean, 1 - cos between codes over dim (theirs).
       ALAE: F an MLP like g, D without spectral norm, R1 with gamma = 10, F(z) held still in the reciprocity, which moves E
       and G.
   D10 E's running BN statistics follow data only, G's the codes of data only (ALAE: F(z); AGE: draws of the prior, all its G is
@@ -141,9 +142,9 @@ class Config:
     beta: float = 2.                # VAE, IntroVAE: weight of half the summed squared error (D8, D9)
     wae_lam: float = 100.           # WAE, CelebA; MNIST: 10 (its authors')
     margin: float = 25.             # IntroVAE: m, ours (D9)
-    alpha: float = .25              # IntroVAE: its authors'
-    age_mu: float = 10.             # AGE, its authors': weight of the reconstruction of images, for E
-    age_lam: float = 1000.          # AGE, its authors': of the reconstruction of codes, for G
+    alpha: float = .25              # IntroVAE: its authors' (of E; D9)
+    age_mu: float = 5.              # AGE: weight of the reconstruction of images, for E; its authors' 10, halved (D9)
+    age_lam: float = 500.           # AGE: of the reconstruction of codes, for G; its authors' 1000, halved (D9)
     age_steps: int = 3              # AGE, its authors' for CelebA (CIFAR-10: 2): steps of G for one of E
     r1: float = 10.                 # ALAE: gamma of R1
     seed: int = 0
@@ -443,7 +444,7 @@ def age_loss_e(real, fake, x, x_hat, mu):
 
 def age_loss_g(fake, z, lam):
     """AGE: g minimises Delta(e(g(Z))), plus lam / dim times 1 - cos(z, e(g(z))): up to a constant the mean over numbers of
-    -z e(g(z)) on the unit sphere, which its authors' weight of 1000 belongs to (D9)."""
+    -z e(g(z)) on the unit sphere, which its authors' weight belongs to (D9)."""
     return kl_fit(fake) + lam * (1 - F.cosine_similarity(z, fake)).mean() / z.shape[1]
 
 

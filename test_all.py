@@ -2651,6 +2651,18 @@ def test_every_aim_model_steps_and_answers_its_verbs(model, dataset):
         assert net.neighbours(x, 3).shape == (8, 3, *x.shape[1:])
 
 
+@pytest.mark.parametrize("model", ["aim", "ali", "alice", "alice-adv"])
+def test_gs_running_statistics_are_those_of_the_prior(model):
+    """What `sample` normalises with (aim.py's D9): one batch of draws counts in each step, ALICE's cycle does not."""
+    net, x, _ = aim_small(model, std=.2)
+    norm, seen = next(m for m in net.G if isinstance(m, torch.nn.BatchNorm1d)), []
+    norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().mean(0)))
+    net.step(x)
+    assert len(seen) == (2 if "alice" in model else 1)
+    torch.testing.assert_close(norm.running_mean, .1 * seen[0])     # G(z) is the first in each step
+    assert norm.momentum == .1
+
+
 def test_d_feature_sees_table_3s_scale():
     net, x, z = aim_small("aim", "mnist")
     sigmoid = torch.nn.Sequential(*list(net.G)[:-1])(z)             # all but the conversion to [-1, 1]
