@@ -60,6 +60,7 @@ What to expect: README.md, with the command and the protocol of each number.
 """
 
 import argparse
+import colorsys
 import dataclasses
 import datetime
 import itertools
@@ -228,16 +229,16 @@ class Affine(nn.Module):
         return x * self.scale + self.shift
 
 
-def rows(*specs, slope, dims):
+def rows(*specs, slope=.2):
     """Rows of a table, in its own columns: (operation, inputs, outputs, kernel, stride, padding, BN?, nonlinearity).
 
-    "relu", "leaky" or "" for linear. `dims` is 1 for FC rows, which leave kernel, stride and padding out, and 2 for images.
+    "relu", "leaky" (of that slope) or "" for linear; FC rows leave kernel, stride and padding out.
     """
     layers = []
     for make, c_in, c_out, *place, norm, activation in specs:
         layers.append(make(c_in, c_out, *place, bias=not norm))
         if norm:
-            layers.append((nn.BatchNorm1d if dims == 1 else nn.BatchNorm2d)(c_out))
+            layers.append((nn.BatchNorm1d if make is nn.Linear else nn.BatchNorm2d)(c_out))
         if activation:
             layers.append(nn.ReLU(inplace=True) if activation == "relu" else nn.LeakyReLU(slope, inplace=True))
     return layers
@@ -260,18 +261,17 @@ class Generator(nn.Sequential):
     def __init__(self, size, latent, channels, width):
         fc, up, w = nn.Linear, nn.ConvTranspose2d, width
         if size == 0:                                               # ALI's 2-D experiment: four layers of 400
-            layers = rows((fc, latent, w, True, "relu"), *[(fc, w, w, True, "relu")] * 3, (fc, w, channels, False, ""),
-                          slope=0, dims=1)
+            layers = rows((fc, latent, w, True, "relu"), *[(fc, w, w, True, "relu")] * 3, (fc, w, channels, False, ""))
         elif size == 28:                                            # Table 3
-            layers = [*rows((fc, latent, 16 * w, True, "relu"), (fc, 16 * w, 98 * w, True, "relu"), slope=0, dims=1),
+            layers = [*rows((fc, latent, 16 * w, True, "relu"), (fc, 16 * w, 98 * w, True, "relu")),
                       nn.Unflatten(1, (2 * w, 7, 7)),               # 6272 = 128 x 7 x 7
-                      *rows((up, 2 * w, w, 4, 2, 1, True, "relu"), (up, w, channels, 4, 2, 1, False, ""), slope=0, dims=2),
+                      *rows((up, 2 * w, w, 4, 2, 1, True, "relu"), (up, w, channels, 4, 2, 1, False, "")),
                       nn.Sigmoid(), Affine(2, -1)]
         else:                                                       # Table 4
             layers = [AsImage(),
                       *rows((up, latent, 8 * w, 4, 1, 0, True, "relu"), (up, 8 * w, 4 * w, 4, 2, 1, True, "relu"),
                             (up, 4 * w, 2 * w, 4, 2, 1, True, "relu"), (up, 2 * w, w, 4, 2, 1, True, "relu"),
-                            (up, w, channels, 4, 2, 1, False, ""), slope=0, dims=2), nn.Tanh()]
+                            (up, w, channels, 4, 2, 1, False, "")), nn.Tanh()]
         super().__init__(*layers)
 
 
@@ -284,18 +284,18 @@ class Features(nn.Sequential):
             layers = [Maxout(channels, w // 2), Maxout(w // 2, w // 2)]
         elif size == 28:
             layers = [Affine(.5, .5), *rows((conv, channels, w, 4, 2, 1, False, "leaky"),
-                                            (conv, w, 2 * w, 4, 2, 1, True, "leaky"), slope=slope(size), dims=2)]
+                                            (conv, w, 2 * w, 4, 2, 1, True, "leaky"), slope=slope(size))]
         else:
             layers = rows((conv, channels, w, 4, 2, 1, False, "leaky"), (conv, w, 2 * w, 4, 2, 1, True, "leaky"),
                           (conv, 2 * w, 4 * w, 4, 2, 1, True, "leaky"), (conv, 4 * w, 8 * w, 4, 2, 1, True, "leaky"),
-                          slope=slope(size), dims=2)
+                          slope=slope(size))
         super().__init__(*layers)
 
 
 def fc_critic(n, hidden, width, size):
     """Table 3's D_con on n numbers: FC 1024, FC 64 (linear, as printed), FC 1."""
     return rows((nn.Linear, n, hidden, True, "leaky"), (nn.Linear, hidden, width, False, ""),
-                (nn.Linear, width, 1, False, ""), slope=slope(size), dims=1)
+                (nn.Linear, width, 1, False, ""), slope=slope(size))
 
 
 class Critic(nn.Sequential):
@@ -343,18 +343,18 @@ class Encoder(nn.Module):
         if size == 0:
             self.trunk, n = nn.Identity(), w // 2
         elif size == 28:
-            self.trunk, n = rows((conv, 2 * w, w, 4, 2, 1, True, "leaky"), slope=leak, dims=2), 9 * w       # 576
+            self.trunk, n = rows((conv, 2 * w, w, 4, 2, 1, True, "leaky"), slope=leak), 9 * w       # 576
         else:
             self.trunk = rows((conv, 8 * w, 4 * w, 4, 2, 1, False, "leaky"), (conv, 4 * w, 4 * w, 4, 2, 1, True, "leaky"),
                               (conv, 4 * w, 2 * w, 2, 1, 1, True, "leaky"), (conv, 2 * w, w, 1, 1, 0, True, "leaky"),
-                              slope=leak, dims=2)                   # 4 -> 2 -> 1 -> 2 -> 2
+                              slope=leak)                   # 4 -> 2 -> 1 -> 2 -> 2
             n = 4 * w                                               # 512
         if size:
             self.trunk = nn.Sequential(*self.trunk, nn.Flatten())
 
         def head():
             return nn.Sequential(*rows((nn.Linear, n, w // 2, size > 0, "leaky"), (nn.Linear, w // 2, latent, False, ""),
-                                       slope=leak, dims=1))
+                                       slope=leak))
 
         self.mu, self.log_var = head(), None if fixed_variance else head()
 
@@ -428,8 +428,8 @@ class AIM(nn.Module):
         init_weights(self, config.std, config.reach)
         self.to(self.machine.device, memory_format=torch.channels_last)
         adam = dict(lr=config.lr, betas=(config.beta1, config.beta2), fused=self.machine.device.type in ("cpu", "cuda"))
-        self.optimisers = {"D": torch.optim.Adam(self.discriminator(), **adam),
-                           "G": torch.optim.Adam(self.generator(), **adam)}         # Alg. 1's (theta_g, theta_e)
+        self.optimisers = {"D": torch.optim.Adam(self.d_params(), **adam),
+                           "G": torch.optim.Adam(self.g_params(), **adam)}         # Alg. 1's (theta_g, theta_e)
 
     def networks(self, c):
         self.G = Generator(c.size, c.latent, c.channels, c.width)
@@ -437,11 +437,11 @@ class AIM(nn.Module):
         if c.encoder:
             self.E = Encoder(c.size, c.latent, c.width, c.fixed_variance)
 
-    def generator(self):
+    def g_params(self):
         """What moves down L_g + L_e: G and E, and not D_feature, though E reads it."""
         return [*self.G.parameters(), *(self.E.parameters() if self.E is not None else ())]
 
-    def discriminator(self):
+    def d_params(self):
         return [*self.features.parameters(), *self.critic.parameters()]
 
     def get_extra_state(self):
@@ -450,10 +450,10 @@ class AIM(nn.Module):
     def set_extra_state(self, iteration):
         self.iteration = iteration
 
-    def rate(self):
+    def learning_rate(self):
         """alpha / sqrt(t), t = 1, 2, ... the epoch (Tables 3 and 4)."""
         c = self.config
-        epoch = 1 + self.iteration // max(c.steps_per_epoch, 1)
+        epoch = 1 + (self.iteration // c.steps_per_epoch if c.steps_per_epoch else 0)
         return c.lr / math.sqrt(epoch) if c.decay == "sqrt" else c.lr
 
     def losses(self, x, z):
@@ -469,10 +469,10 @@ class AIM(nn.Module):
 
     def step(self, x):
         """One iteration of Algorithm 1 on data x. Returns its losses as scalars."""
-        m, params_d, params_g = self.machine, self.discriminator(), self.generator()
+        m, params_d, params_g = self.machine, self.d_params(), self.g_params()
         for optimiser in self.optimisers.values():
             for group in optimiser.param_groups:
-                group["lr"] = self.rate()
+                group["lr"] = self.learning_rate()
         z = torch.randn(len(x), self.config.latent, device=x.device)
         with m.autocast():
             losses = self.losses(x.to(memory_format=torch.channels_last) if x.dim() == 4 else x, z)
@@ -536,7 +536,7 @@ class ALI(AIM):
         if c.adversarial_cycle:
             self.pairs = nn.Sequential(Features(c.size, 2 * c.channels, c.width), Critic(c.size, c.width))
 
-    def discriminator(self):
+    def d_params(self):
         return [*self.D.parameters(), *(self.pairs.parameters() if self.config.adversarial_cycle else ())]
 
     def code_distribution(self, x):
@@ -580,9 +580,8 @@ def build(config, machine=None):
 
 def scatter(points, labels, classes, reach, side=420):
     """Points (n, 2) as dots coloured by label (n,) -> picture (3, side, side) of [-reach, reach]^2; dots beyond are cut."""
-    hue = torch.arange(classes) * .618 % 1                          # the golden ratio keeps neighbouring labels apart
-    turn = lambda n: (n + 6 * hue) % 6                              # a hue's red, green and blue at n = 5, 3, 1
-    colours = torch.stack([1 - torch.minimum(turn(n), 4 - turn(n)).clamp(0, 1) for n in (5, 3, 1)]) * .85   # (3, classes)
+    hues = [i * .618 % 1 for i in range(classes)]                   # the golden ratio keeps neighbouring labels apart
+    colours = torch.tensor([colorsys.hsv_to_rgb(hue, 1, .85) for hue in hues]).T    # (3, classes)
     at = ((points.cpu().float() + reach) / (2 * reach) * side).long()
     inside = ((at >= 1) & (at < side - 1)).all(1)
     (across, up), colour = at[inside].T, colours[:, labels.cpu()[inside]]
@@ -864,7 +863,7 @@ class Run:
         self.began = self.since = time.time()
         self.first = self.counted = step
 
-    def rate(self, step, batch):
+    def images_per_s(self, step, batch):
         """Images per second, over all ranks, since the last call."""
         now, images = time.time(), (step - self.counted) * batch * self.machine.world
         rate, self.since, self.counted = round(images / max(now - self.since, 1e-9), 1), now, step
@@ -877,19 +876,19 @@ class Run:
             return
         self.shown = now
         left = (now - self.began) / max(step - self.first, 1) * (steps - step)
-        line = f"step {step}/{steps}  {text}  {int(left) // 60}:{int(left) % 60:02d} left"
-        print(f"\r\033[K{line}" if sys.stderr.isatty() else line, end="" if sys.stderr.isatty() else "\n",
-              file=sys.stderr, flush=True)
+        start, end = ("\r\033[K", "") if sys.stderr.isatty() else ("", "\n")
+        print(f"{start}step {step}/{steps}  {text}  {int(left) // 60}:{int(left) % 60:02d} left", end=end, file=sys.stderr,
+              flush=True)
 
     def say(self, step, metrics):
         """One line a person reads, at each evaluation."""
         shown = {k: f"{v:.4g}" for k, v in metrics.items() if isinstance(v, (int, float))}
-        print(("\r\033[K" if sys.stderr.isatty() else "") + f"step {step}: " + "  ".join(f"{k} {v}" for k, v in shown.items()))
-        sys.stdout.flush()
+        print("\r\033[K" if sys.stderr.isatty() else "", end="", file=sys.stderr, flush=True)
+        print(f"step {step}: " + "  ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
 
     def interrupted(self, step):
         """True once Ctrl-C or SIGTERM has arrived; ranks agree on it every 20 steps, to leave at the same one."""
-        return self.machine.agree(self.signal > 0) if self.machine.world == 1 or step % 20 == 0 else False
+        return (self.machine.world == 1 or step % 20 == 0) and self.machine.agree(self.signal > 0)
 
     def save(self, name, file, model, step, batches, config, best):
         """Everything that resuming needs, as tensors and plain values; to a temporary name, then renamed."""
@@ -1077,24 +1076,25 @@ class CountFlops(TorchDispatchMode):
 
 
 def benchmark(model, x, steps, compiled=False):
-    """images/s, FLOP/s and peak memory of `model.step(x)` over `steps` timed steps after three to warm up."""
-    cuda, seconds = x.device.type == "cuda", 0.0
+    """images/s, FLOP/s and peak memory of `model.step(x)` over `steps` timed steps, after some to warm up."""
+    cuda = x.device.type == "cuda"
     with CountFlops() as counter:                           # before compiling, which hides single operations
         for _ in range(5):                                  # not every step need be alike: WGAN's G moves at each fifth
             model.step(x)
     flops = counter.total / 5
     if compiled:
         compile_networks(model)
-    for n in range(steps + 3):
-        if n == 3:
-            if cuda:
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-            seconds = time.perf_counter()
+    for _ in range(3):
         model.step(x)
     if cuda:
         torch.cuda.synchronize()
-    seconds = (time.perf_counter() - seconds) / steps
+        torch.cuda.reset_peak_memory_stats()
+    began = time.perf_counter()
+    for _ in range(steps):
+        model.step(x)
+    if cuda:
+        torch.cuda.synchronize()
+    seconds = (time.perf_counter() - began) / steps
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"images_per_s": round(len(x) / seconds, 1), "ms_per_step": round(seconds * 1e3, 2), "batch": len(x),
             "gflop_per_step": float(f"{flops / 1e9:.4g}"),
@@ -1160,7 +1160,7 @@ def loop(config, machine, model, batches, run, start, best, evaluate):
         evaluated = step % config.eval_every == 0 or last
         saved = evaluated or step % SAVE_EVERY == 0 or leave
         if step % LOG_EVERY == 0 or saved:                          # a loss that is not finite ends the run here
-            losses, rate = run.flush(), run.rate(step, config.batch)
+            losses, rate = run.flush(), run.images_per_s(step, config.batch)
             run.log(step, epoch=round(epoch, 3), img_per_s=rate, **losses)
             text = "  ".join(f"{k} {v:.3f}" for k, v in losses.items()) + f"  {rate:.0f} img/s"
         run.status(step, config.steps, text)

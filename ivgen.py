@@ -355,7 +355,7 @@ def multi_js(densities, weights=None):
     Not used in training, where f estimates it (Theorem 3): here for the tests and for the reader.
     """
     n = len(densities)
-    weights = torch.full((n,), 1 / n, dtype=densities.dtype) if weights is None else weights
+    weights = densities.new_full((n,), 1 / n) if weights is None else weights
     entropy = lambda p: -torch.special.xlogy(p, p).sum(-1)
     return entropy(weights @ densities) - (weights * entropy(densities)).sum()
 
@@ -518,8 +518,8 @@ def reconstruction_loss(x_hat, x):
 
 
 def gradient_penalty(critic, real, fake):
-    """WGAN-GP: E[(||grad_x critic(x)|| - 1)^2] at points between real and fake, (B, C, S, S) each; critic: images -> (B,)."""
-    u = torch.rand(len(real), 1, 1, 1, device=real.device)
+    """WGAN-GP: E[(||grad_x critic(x)|| - 1)^2] at points between real and fake, (B, ...) each; critic: such a batch -> (B,)."""
+    u = torch.rand(len(real), *[1] * (real.dim() - 1), device=real.device)
     x = torch.lerp(fake.float(), real.float(), u).requires_grad_()
     gradient, = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
     return (gradient.flatten(1).norm(dim=1) - 1).square().mean()
@@ -555,7 +555,7 @@ class IVGAN(Coder):
 
     def noisy(self, x):
         """Instance noise on what D sees (Sec. 5; D7)."""
-        done = self.iteration / max(self.config.steps, 1)
+        done = self.iteration / self.config.steps if self.config.steps else 0.
         std = self.config.noise * next((s for at, s in reversed(self.config.noise_schedule) if done >= at), 0.)
         return x + std * torch.randn_like(x) if std else x
 
@@ -570,32 +570,21 @@ class IVGAN(Coder):
         if prior:
             out["x_z"] = self.G(torch.randn(len(x), c.latent, device=x.device))
         if self.E is not None:
-            self.follow(self.G, 0.)                                 # D12: running statistics are the prior's
+            self.set_momentum(self.G, 0.)                                 # D12: running statistics are the prior's
             w = self.E(x).float()                                   # (B, C, S, S) -> (B, d)
             if c.lam or c.lam_e or c.mode_regularised:
                 out["x_w"] = self.G(w)                              # the reconstruction G(E(x))
             if not c.mode_regularised:
                 out["w_i"], out["index"] = self.intervene(w)
                 out["x_i"] = self.G(out["w_i"])                     # x' = G(O_i(E(x)))
-            self.follow(self.G, .1)
+            self.set_momentum(self.G, .1)
         return out
 
-    def follow(self, network, momentum):
+    def set_momentum(self, network, momentum):
         """How far the running BN statistics, which `decode` and `encode` use, move towards those of each batch seen next."""
         for module in network.modules():
             if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
                 module.momentum = momentum
-
-    def settle(self, batches):
-        """E's running BN statistics anew, as the mean over `batches` of images in [-1, 1]: those of training lag (D12)."""
-        for module in self.E.modules():
-            if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
-                module.reset_running_stats()
-        self.follow(self.E, None)                                   # None: a plain mean over the batches seen
-        with torch.no_grad(), self.machine.autocast():
-            for x in batches:
-                self.E(x.to(memory_format=torch.channels_last))
-        self.follow(self.E, .1)
 
     def step(self, x):
         """One iteration of Algorithm 1 on images x (B, C, S, S) in [-1, 1]. Returns its losses as scalars."""
@@ -632,53 +621,39 @@ class IVGAN(Coder):
         m.apply(self.optimisers["D"], params, m.gradients(total, params))
         if c.base == "wgan":
             with torch.no_grad():
-                torch._foreach_clamp_min_(params, -.01)             # D10: the clipping that keeps the critic Lipschitz
-                torch._foreach_clamp_max_(params, .01)
+                for p in params:                                    # D10: the clipping that keeps the critic Lipschitz
+                    p.clamp_(-.01, .01)
         return losses
 
     def step_g_and_e(self, x, images):
         """Alg. 1, lines 13-17: Eq. (11) for G, and its last two terms, in E's own weights, for E.
 
-        G's and E's losses are the same terms in different weights. So the chain rule is cut at what was generated: each
-        term is differentiated once, through D or E, down to the images; from there the sum in G's weights goes back to G
-        and the sum in E's weights to E, each with respect to its own network only: no update leaks into another's.
-        A further step of E (`images` without "x_z") leaves G where it is.
+        Each gradient is taken with respect to its own network only, and both before either moves. A further step of E
+        (`images` without "x_z") leaves G where it is.
         """
-        c, m = self.config, self.machine
-        g, e = list(self.G.parameters()), list(self.E.parameters()) if self.E is not None else []
-        cut = {name: y.detach().requires_grad_() for name, y in images.items() if name != "index"}
-        losses, recon, extra = {}, None, None
+        c, m, losses, updates = self.config, self.machine, {}, []
+        recon = fool = torch.zeros((), device=x.device)
         with m.autocast():
-            if "x_z" in cut:
-                losses["g_adv"] = adversarial_loss_g(c.base, self.D(self.noisy(cut["x_z"]))[0])
-            if "x_w" in cut and (c.lam or c.lam_e):
-                losses["rec_x"] = recon = reconstruction_loss(cut["x_w"], x)                # Eq. (6), first term
-            if e and c.mode_regularised:
-                losses["mode"] = extra = adversarial_loss_g("dcgan", self.D(self.noisy(cut["x_w"]))[0])  # MRGAN (D9)
-            elif e and recon is not None:
-                self.follow(self.E, 0.)                                                     # D12
-                losses["rec_z"] = reconstruction_loss(self.E(cut["x_i"]), cut["w_i"])       # Eq. (6), second term
-                self.follow(self.E, .1)
+            if "x_z" in images:
+                losses["g_adv"] = adversarial_loss_g(c.base, self.D(self.noisy(images["x_z"]))[0])
+            if "x_w" in images and (c.lam or c.lam_e):
+                losses["rec_x"] = recon = reconstruction_loss(images["x_w"], x)             # Eq. (6), first term
+            if c.mode_regularised:
+                losses["mode"] = fool = adversarial_loss_g("dcgan", self.D(self.noisy(images["x_w"]))[0])   # MRGAN (D9)
+            elif "rec_x" in losses:
+                self.set_momentum(self.E, 0.)                                               # D12
+                losses["rec_z"] = reconstruction_loss(self.E(images["x_i"]), images["w_i"])  # Eq. (6), second term
+                self.set_momentum(self.E, .1)
                 recon = recon + losses["rec_z"]
-            if e and not c.mode_regularised and (c.mu or c.mu_e):
-                losses["iv"] = extra = -classification_loss(self.D(cut["x_i"])[1], images["index"])  # Eq. (3)
-        leaves, ends = list(cut.values()), [images[name] for name in cut]
-        terms = [m.gradients(loss, leaves + e) if loss is not None else [None] * len(leaves + e)
-                 for loss in (losses.get("g_adv"), recon, extra)]
-
-        def weighted(n, weights):                                   # the n-th gradient of the three terms' weighted sum
-            parts = [weight * term[n] for weight, term in zip(weights, terms) if term[n] is not None and weight]
-            return sum(parts) if parts else torch.zeros_like((leaves + e)[n])
-
-        updates = []
-        if "x_z" in cut:
-            weights = 1., c.lam, c.mu                                                       # Eq. (11)
-            updates.append(("G", g, torch.autograd.grad(ends, g, [weighted(n, weights) for n in range(len(ends))],
-                                                        retain_graph=True)))
-        if e:
-            weights = (0., c.lam_e, c.mu_e) if c.e_sign == "paper" else (0., 0., -c.mu_e)   # D3
-            through = torch.autograd.grad(ends, e, [weighted(n, weights) for n in range(len(ends))])
-            updates.append(("E", e, [a + weighted(n, weights) for n, a in enumerate(through, len(ends))]))
+            if "x_i" in images and (c.mu or c.mu_e):
+                losses["iv"] = fool = -classification_loss(self.D(images["x_i"])[1], images["index"])   # Eq. (3)
+        if "x_z" in images:
+            g = list(self.G.parameters())
+            updates.append(("G", g, m.gradients(losses["g_adv"] + c.lam * recon + c.mu * fool, g, retain=True)))   # Eq. (11)
+        if self.E is not None:
+            e = list(self.E.parameters())
+            loss_e = c.lam_e * recon + c.mu_e * fool if c.e_sign == "paper" else -c.mu_e * fool     # D3
+            updates.append(("E", e, m.gradients(loss_e, e)))
         for name, params, grads in updates:
             m.apply(self.optimisers[name], params, grads)
         return losses
@@ -787,19 +762,18 @@ def wae_reconstruction(x_hat, x):
     return .05 * (x_hat.float() - x.float()).square().flatten(1).sum(1).mean()
 
 
-def mmd_imq(a, b, variance=1.):
+def mmd_imq(a, b):
     """WAE-MMD's penalty: the unbiased estimate of MMD^2 between samples a (n, d) and b (m, d); n, m >= 2. A scalar.
 
-    Kernels C / (C + ||a - b||^2), C = 2 d variance {.1, .2, .5, 1, 2, 5, 10}, summed. Pairs within a set leave each point's
-    pair with itself out; so the estimate may be negative, and is 0 in the mean where both sets have one distribution.
+    Kernels C / (C + ||a - b||^2), C = 2 d s, summed over s in {.1, .2, .5, 1, 2, 5, 10}; 2 d is the mean squared distance
+    of two draws from N(0, I). Pairs within a set leave out each point with itself; so the estimate may be negative.
     """
-    d2 = lambda p, q: (p.square().sum(1)[:, None] + q.square().sum(1) - 2 * p @ q.T).clamp_min(0)
-    aa, bb, ab, total = d2(a, a), d2(b, b), d2(a, b), 0.
-    for scale in (.1, .2, .5, 1., 2., 5., 10.):
-        c = 2 * a.shape[1] * variance * scale
-        within = [((c / (c + d)).sum() - (c / (c + d.diagonal())).sum()) / (len(d) * (len(d) - 1)) for d in (aa, bb)]
-        total = total + within[0] + within[1] - 2 * (c / (c + ab)).mean()
-    return total
+    def kernel(u, v):
+        d2 = (u.square().sum(1)[:, None] + v.square().sum(1) - 2 * u @ v.T).clamp_min(0)
+        return sum(c / (c + d2) for c in (2 * a.shape[1] * s for s in (.1, .2, .5, 1., 2., 5., 10.)))
+
+    within = lambda k: (k.sum() - k.trace()) / (len(k) * (len(k) - 1))
+    return within(kernel(a, a)) + within(kernel(b, b)) - 2 * kernel(a, b).mean()
 
 
 # ======================================================================================================================
@@ -841,7 +815,7 @@ class IVAAE(Coder):
     def set_rates(self):
         """The learning rates' decay by epoch (Sec. 4), the same factor for all networks."""
         c = self.config
-        epoch = self.iteration / max(c.steps_per_epoch, 1)
+        epoch = self.iteration / c.steps_per_epoch if c.steps_per_epoch else 0.
         factor = next((f for at, f in reversed(c.decay) if epoch >= at), 1.)
         for name, optimiser in self.optimisers.items():
             for group in optimiser.param_groups:
@@ -1210,7 +1184,7 @@ class Run:
         self.began = self.since = time.time()
         self.first = self.counted = step
 
-    def rate(self, step, batch):
+    def images_per_s(self, step, batch):
         """Images per second, over all ranks, since the last call."""
         now, images = time.time(), (step - self.counted) * batch * self.machine.world
         rate, self.since, self.counted = round(images / max(now - self.since, 1e-9), 1), now, step
@@ -1223,19 +1197,19 @@ class Run:
             return
         self.shown = now
         left = (now - self.began) / max(step - self.first, 1) * (steps - step)
-        line = f"step {step}/{steps}  {text}  {int(left) // 60}:{int(left) % 60:02d} left"
-        print(f"\r\033[K{line}" if sys.stderr.isatty() else line, end="" if sys.stderr.isatty() else "\n",
-              file=sys.stderr, flush=True)
+        start, end = ("\r\033[K", "") if sys.stderr.isatty() else ("", "\n")
+        print(f"{start}step {step}/{steps}  {text}  {int(left) // 60}:{int(left) % 60:02d} left", end=end, file=sys.stderr,
+              flush=True)
 
     def say(self, step, metrics):
         """One line a person reads, at each evaluation."""
         shown = {k: f"{v:.4g}" for k, v in metrics.items() if isinstance(v, (int, float))}
-        print(("\r\033[K" if sys.stderr.isatty() else "") + f"step {step}: " + "  ".join(f"{k} {v}" for k, v in shown.items()))
-        sys.stdout.flush()
+        print("\r\033[K" if sys.stderr.isatty() else "", end="", file=sys.stderr, flush=True)
+        print(f"step {step}: " + "  ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
 
     def interrupted(self, step):
         """True once Ctrl-C or SIGTERM has arrived; ranks agree on it every 20 steps, to leave at the same one."""
-        return self.machine.agree(self.signal > 0) if self.machine.world == 1 or step % 20 == 0 else False
+        return (self.machine.world == 1 or step % 20 == 0) and self.machine.agree(self.signal > 0)
 
     def save(self, name, file, model, step, batches, config, best):
         """Everything that resuming needs, as tensors and plain values; to a temporary name, then renamed."""
@@ -1423,24 +1397,25 @@ class CountFlops(TorchDispatchMode):
 
 
 def benchmark(model, x, steps, compiled=False):
-    """images/s, FLOP/s and peak memory of `model.step(x)` over `steps` timed steps after three to warm up."""
-    cuda, seconds = x.device.type == "cuda", 0.0
+    """images/s, FLOP/s and peak memory of `model.step(x)` over `steps` timed steps, after some to warm up."""
+    cuda = x.device.type == "cuda"
     with CountFlops() as counter:                           # before compiling, which hides single operations
         for _ in range(5):                                  # not every step need be alike: WGAN's G moves at each fifth
             model.step(x)
     flops = counter.total / 5
     if compiled:
         compile_networks(model)
-    for n in range(steps + 3):
-        if n == 3:
-            if cuda:
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-            seconds = time.perf_counter()
+    for _ in range(3):
         model.step(x)
     if cuda:
         torch.cuda.synchronize()
-    seconds = (time.perf_counter() - seconds) / steps
+        torch.cuda.reset_peak_memory_stats()
+    began = time.perf_counter()
+    for _ in range(steps):
+        model.step(x)
+    if cuda:
+        torch.cuda.synchronize()
+    seconds = (time.perf_counter() - began) / steps
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"images_per_s": round(len(x) / seconds, 1), "ms_per_step": round(seconds * 1e3, 2), "batch": len(x),
             "gflop_per_step": float(f"{flops / 1e9:.4g}"),
@@ -1506,7 +1481,7 @@ def loop(config, machine, model, batches, run, start, best, evaluate):
         evaluated = step % config.eval_every == 0 or last
         saved = evaluated or step % SAVE_EVERY == 0 or leave
         if step % LOG_EVERY == 0 or saved:                          # a loss that is not finite ends the run here
-            losses, rate = run.flush(), run.rate(step, config.batch)
+            losses, rate = run.flush(), run.images_per_s(step, config.batch)
             run.log(step, epoch=round(epoch, 3), img_per_s=rate, **losses)
             text = "  ".join(f"{k} {v:.3f}" for k, v in losses.items()) + f"  {rate:.0f} img/s"
         run.status(step, config.steps, text)
@@ -1577,7 +1552,9 @@ def evaluate(model, evaluator, run, step, epoch, x, config, train_set):
     began, latent = time.time(), {}
     if not config.bridge and model.E is not None:
         batches = ordered(train_set, 50 * config.batch, config.batch, model.machine.device, config.size)
-        model.settle(x for x, _ in batches if len(x) == config.batch)
+        with model.machine.autocast():                              # D12: E's running BN statistics, of its present weights
+            torch.optim.swa_utils.update_bn((x.to(memory_format=torch.channels_last) for x, _ in batches
+                                             if len(x) == config.batch), model.E)
     if config.bridge:
         codes = codes_of(model, train_set)
         figures_ivaae(model, run, step, x, codes)
@@ -1632,7 +1609,7 @@ def train(config, machine, folder, state=None):
                     lambda step, epoch: evaluate(model, evaluator, run, step, epoch, x_test, config, train_set))
 
 
-def build(config, machine):
+def build(config, machine=None):
     """The model that `config.model` names."""
     return (IVAAE if config.bridge else IVGAN)(config, machine)
 

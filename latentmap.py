@@ -16,7 +16,7 @@ Notation.   paper              here           shape
             z = E(x)           E(x)           (B, dim)
             z^ = BN(z)         code           (B, dim), mean 0, variance 1 in each coordinate over the batch
             x^ = G(z^)         x_hat          like x
-            mu ~ U[0, .5]      mu             (B, 1), one for each item
+            mu ~ U[0, .5]      mu             (B,), one for each item
             x_mu               x_mu           like x: G(mu z^_1 + (1 - mu) z^_2); z^_1 is the batch reversed
             gamma, lambda      gamma, lam     .2, .2
             omega_1, omega_2   omega1, omega2 1, 1
@@ -77,6 +77,7 @@ What to expect: README.md, with the command and the protocol of each number.
 """
 
 import argparse
+import colorsys
 import dataclasses
 import datetime
 import itertools
@@ -135,7 +136,7 @@ class Config:
     prior: str = "gauss"            # "sphere": author code (D4)
     joint: bool = False             # author code's order (D5)
     ae_share: float = .8            # ours (D5)
-    map_from: int = 0               # the first step of the second phase; set from ae_share and the steps
+    map_from: int | None = None     # steps of the first phase; set from ae_share and the steps. None: all of them
     critic_steps: int = 2           # author code: steps of d for one of E, G
     d_steps: int = 5                # author code: steps of D for one of g
     map_width: int = 512            # ours: hidden units of g and D
@@ -156,7 +157,7 @@ class Config:
 
     def first_phase(self, step):
         """Whether `step` trains LatentMap's autoencoder and leaves g untrained."""
-        return self.method == "latentmap" and not self.joint and step <= self.map_from
+        return self.method == "latentmap" and not self.joint and (self.map_from is None or step <= self.map_from)
 
     def check(self):
         """Raises UserError, in one sentence, for settings that cannot work."""
@@ -348,7 +349,9 @@ class Decoder(nn.Sequential):
 
 
 def interpolate(code, mu):
-    """mu E(x_1) + (1 - mu) E(x_2) below Eq. (9); x_2 is the item itself, x_1 its partner in the reversed batch (D2)."""
+    """mu E(x_1) + (1 - mu) E(x_2) below Eq. (9): code (B, dim), mu (B,) -> (B, dim). x_2 is the item itself, x_1 its partner in
+    the reversed batch (D2)."""
+    mu = mu[:, None]
     return mu * code.flip(0) + (1 - mu) * code
 
 
@@ -403,19 +406,17 @@ def gan_loss_g(fake):
 
 
 def mmd(a, b):
-    """WAE's penalty, unbiased: squared MMD of codes a, b (n, dim) under sum_s C / (C + ||a - b||^2), C = 2 dim s.
+    """WAE's penalty: the unbiased estimate of MMD^2 between samples a (n, dim) and b (m, dim); n, m >= 2. A scalar.
 
-    s in {.1, .2, .5, 1, 2, 5, 10}; 2 dim is the mean squared distance of two draws from N(0, I). Pairs within a set leave
-    out each with itself; as an unbiased estimate it may be negative.
+    Kernels C / (C + ||a - b||^2), C = 2 dim s, summed over s in {.1, .2, .5, 1, 2, 5, 10}; 2 dim is the mean squared distance
+    of two draws from N(0, I). Pairs within a set leave out each point with itself; so the estimate may be negative.
     """
-    n, dim = a.shape
-
     def kernel(u, v):
-        distance = (u.square().sum(1)[:, None] + v.square().sum(1) - 2 * u @ v.T).clamp_min(0)
-        return sum(c / (c + distance) for c in (2 * dim * s for s in (.1, .2, .5, 1., 2., 5., 10.)))
+        d2 = (u.square().sum(1)[:, None] + v.square().sum(1) - 2 * u @ v.T).clamp_min(0)
+        return sum(c / (c + d2) for c in (2 * a.shape[1] * s for s in (.1, .2, .5, 1., 2., 5., 10.)))
 
-    within = lambda u: (kernel(u, u).sum() - 7 * n) / (n * (n - 1))  # each of the 7 kernels is 1 at distance 0
-    return within(a) + within(b) - 2 * kernel(a, b).mean()
+    within = lambda k: (k.sum() - k.trace()) / (len(k) * (len(k) - 1))
+    return within(kernel(a, a)) + within(kernel(b, b)) - 2 * kernel(a, b).mean()
 
 
 def introvae_loss_e(kl_real, kl_rec, kl_gen, error, margin, alpha, beta):
@@ -590,22 +591,18 @@ class LatentMap(Autoencoder):
     def to_code(self, z):
         return self.g(z).float()
 
-    def mapping(self):
-        """True in the second phase, when the map is trained and the autoencoder rests."""
-        return not self.config.joint and self.iteration >= self.config.map_from
-
     def update_all(self, x):
-        losses, code = {}, None
-        if not self.mapping():
+        first = self.config.first_phase(self.iteration + 1)
+        if first or self.config.joint:
             losses, code = self.update_autoencoder(x)
-        if self.config.joint or self.mapping():
-            losses |= self.update_map(self.frozen_code(x) if code is None else code)
-        return losses
+        else:
+            losses, code = {}, self.encode(x)                       # E and BN rest, running statistics included
+        return losses if first else losses | self.update_map(code)
 
     def blend(self, code):
         """mu (B,) and x_mu, the decoding of each item's code mixed with its partner's."""
-        mu = torch.rand(len(code), 1, device=code.device) / 2       # U[0, .5]
-        return mu.squeeze(1), self.apart(self.G, interpolate(code, mu))
+        mu = torch.rand(len(code), device=code.device) / 2          # U[0, .5]
+        return mu, self.apart(self.G, interpolate(code, mu))
 
     def update_autoencoder(self, x):
         """First phase: d `critic_steps` times by Eq. (9), then E and G by Eq. (10). Returns losses and codes (B, dim)."""
@@ -630,15 +627,6 @@ class LatentMap(Autoencoder):
         losses["rec"] = reconstruction_loss(x, x_hat.detach(), c.recon)
         self.update("AE", losses["ae"])
         return losses, code.detach()
-
-    def frozen_code(self, x):
-        """E(x) in the second phase: nothing of the autoencoder moves, its BN's running statistics included."""
-        self.E.eval()
-        self.normalise.eval()
-        with torch.no_grad(), self.machine.autocast():
-            code = self.code(x)
-        self.train()
-        return code
 
     def update_map(self, code):
         """Second phase, on codes (B, dim): D `d_steps` times by Eq. (12), then g by Eq. (13)."""
@@ -843,8 +831,7 @@ def average_ranks(v):
 
 def spearman(a, b):
     """Rank correlation of two vectors (n,); 0 where one of them is constant."""
-    a, b = (ranks - ranks.mean() for ranks in (average_ranks(a), average_ranks(b)))
-    return ((a * b).sum() / (a.square().sum() * b.square().sum()).sqrt().clamp_min(1e-12)).item()
+    return torch.corrcoef(torch.stack([average_ranks(a), average_ranks(b)]))[0, 1].nan_to_num(0).item()
 
 
 def pairwise(x):
@@ -869,7 +856,8 @@ def trustworthiness(x, code, k=12):
 
 def nearest_distances(a, b):
     """Of each point of a (n, 2) the distance to the nearest of b (m, 2): (n,)."""
-    return torch.cat([torch.cdist(part, b).min(1).values for part in a.split(1000)])
+    exact = dict(compute_mode="donot_use_mm_for_euclid_dist")       # by products of matrices 0 would become some 1e-4
+    return torch.cat([torch.cdist(part, b, **exact).min(1).values for part in a.split(1000)])
 
 
 def chamfer(points, manifold):
@@ -905,9 +893,8 @@ def geometry(x, code, roll=False):
 
 def scatter(points, labels, classes, reach, side=420):
     """Points (n, 2) as dots coloured by label (n,) -> picture (3, side, side) of [-reach, reach]^2; dots beyond are cut."""
-    hue = torch.arange(classes) * .618 % 1                          # the golden ratio keeps neighbouring labels apart
-    turn = lambda n: (n + 6 * hue) % 6                              # a hue's red, green and blue at n = 5, 3, 1
-    colours = torch.stack([1 - torch.minimum(turn(n), 4 - turn(n)).clamp(0, 1) for n in (5, 3, 1)]) * .85   # (3, classes)
+    hues = [i * .618 % 1 for i in range(classes)]                   # the golden ratio keeps neighbouring labels apart
+    colours = torch.tensor([colorsys.hsv_to_rgb(hue, 1, .85) for hue in hues]).T    # (3, classes)
     at = ((points.cpu().float() + reach) / (2 * reach) * side).long()
     inside = ((at >= 1) & (at < side - 1)).all(1)
     (across, up), colour = at[inside].T, colours[:, labels.cpu()[inside]]
@@ -1193,7 +1180,7 @@ class Run:
         self.began = self.since = time.time()
         self.first = self.counted = step
 
-    def rate(self, step, batch):
+    def images_per_s(self, step, batch):
         """Images per second, over all ranks, since the last call."""
         now, images = time.time(), (step - self.counted) * batch * self.machine.world
         rate, self.since, self.counted = round(images / max(now - self.since, 1e-9), 1), now, step
@@ -1206,19 +1193,19 @@ class Run:
             return
         self.shown = now
         left = (now - self.began) / max(step - self.first, 1) * (steps - step)
-        line = f"step {step}/{steps}  {text}  {int(left) // 60}:{int(left) % 60:02d} left"
-        print(f"\r\033[K{line}" if sys.stderr.isatty() else line, end="" if sys.stderr.isatty() else "\n",
-              file=sys.stderr, flush=True)
+        start, end = ("\r\033[K", "") if sys.stderr.isatty() else ("", "\n")
+        print(f"{start}step {step}/{steps}  {text}  {int(left) // 60}:{int(left) % 60:02d} left", end=end, file=sys.stderr,
+              flush=True)
 
     def say(self, step, metrics):
         """One line a person reads, at each evaluation."""
         shown = {k: f"{v:.4g}" for k, v in metrics.items() if isinstance(v, (int, float))}
-        print(("\r\033[K" if sys.stderr.isatty() else "") + f"step {step}: " + "  ".join(f"{k} {v}" for k, v in shown.items()))
-        sys.stdout.flush()
+        print("\r\033[K" if sys.stderr.isatty() else "", end="", file=sys.stderr, flush=True)
+        print(f"step {step}: " + "  ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
 
     def interrupted(self, step):
         """True once Ctrl-C or SIGTERM has arrived; ranks agree on it every 20 steps, to leave at the same one."""
-        return self.machine.agree(self.signal > 0) if self.machine.world == 1 or step % 20 == 0 else False
+        return (self.machine.world == 1 or step % 20 == 0) and self.machine.agree(self.signal > 0)
 
     def save(self, name, file, model, step, batches, config, best):
         """Everything that resuming needs, as tensors and plain values; to a temporary name, then renamed."""
@@ -1406,24 +1393,25 @@ class CountFlops(TorchDispatchMode):
 
 
 def benchmark(model, x, steps, compiled=False):
-    """images/s, FLOP/s and peak memory of `model.step(x)` over `steps` timed steps after three to warm up."""
-    cuda, seconds = x.device.type == "cuda", 0.0
+    """images/s, FLOP/s and peak memory of `model.step(x)` over `steps` timed steps, after some to warm up."""
+    cuda = x.device.type == "cuda"
     with CountFlops() as counter:                           # before compiling, which hides single operations
         for _ in range(5):                                  # not every step need be alike: WGAN's G moves at each fifth
             model.step(x)
     flops = counter.total / 5
     if compiled:
         compile_networks(model)
-    for n in range(steps + 3):
-        if n == 3:
-            if cuda:
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-            seconds = time.perf_counter()
+    for _ in range(3):
         model.step(x)
     if cuda:
         torch.cuda.synchronize()
-    seconds = (time.perf_counter() - seconds) / steps
+        torch.cuda.reset_peak_memory_stats()
+    began = time.perf_counter()
+    for _ in range(steps):
+        model.step(x)
+    if cuda:
+        torch.cuda.synchronize()
+    seconds = (time.perf_counter() - began) / steps
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"images_per_s": round(len(x) / seconds, 1), "ms_per_step": round(seconds * 1e3, 2), "batch": len(x),
             "gflop_per_step": float(f"{flops / 1e9:.4g}"),
@@ -1489,7 +1477,7 @@ def loop(config, machine, model, batches, run, start, best, evaluate):
         evaluated = step % config.eval_every == 0 or last
         saved = evaluated or step % SAVE_EVERY == 0 or leave
         if step % LOG_EVERY == 0 or saved:                          # a loss that is not finite ends the run here
-            losses, rate = run.flush(), run.rate(step, config.batch)
+            losses, rate = run.flush(), run.images_per_s(step, config.batch)
             run.log(step, epoch=round(epoch, 3), img_per_s=rate, **losses)
             text = "  ".join(f"{k} {v:.3f}" for k, v in losses.items()) + f"  {rate:.0f} img/s"
         run.status(step, config.steps, text)
@@ -1640,7 +1628,8 @@ def train(config, machine, folder, state=None):
     set_length(config, batches, state)
     config.eval_every = config.eval_every or max(1, math.ceil(config.steps / 12))
     # a resumed run keeps its own boundary, however long it is now to be
-    config.map_from = config.map_from or max(1, min(round(config.ae_share * config.steps), config.steps - 1))
+    if config.map_from is None:
+        config.map_from = max(1, min(round(config.ae_share * config.steps), config.steps - 1))
     if state is not None and state["step"] < config.steps and config.first_phase(config.steps):
         raise UserError(f"--steps {config.steps} ends within the first phase, and g would stay untrained: this run needs more "
                         f"than {config.map_from}")

@@ -652,11 +652,10 @@ def frechet_latent_distance(z):
     With s^2 the eigenvalues of the covariance S that is |mean|^2 + sum (s - 1)^2, which cannot come out negative.
     Source: the IVAAE paper, which uses 60,000 codes.
     """
-    z = torch.as_tensor(z)
+    z = torch.as_tensor(z).detach().double()
     check_features(z, 2)
-    moments = Moments.of(z.detach())
-    s = torch.linalg.eigvalsh(moments.cov).clamp(min=0).sqrt()
-    return (moments.mean.square().sum() + (s - 1).square().sum()).item()
+    spread = torch.linalg.eigvalsh(torch.cov(z.T).view(z.shape[1], -1)).clamp(min=0).sqrt()     # of Sigma^1/2
+    return (z.mean(0).square().sum() + (spread - 1).square().sum()).item()
 
 
 def kernel_distance(f1, f2, subsets=100, size=1000, seed=2020):
@@ -752,6 +751,7 @@ def stacked_modes(labels, classes=1000):
     labels = torch.as_tensor(labels)
     if labels.ndim != 1 or not len(labels) or labels.is_floating_point():
         raise ValueError(f"labels must be integers of the shape (N,), got {labels.dtype} {tuple(labels.shape)}")
+    labels = labels.long()  # of int8 or uint8 `classes` would overflow
     if labels.min() < 0 or labels.max() >= classes:
         raise ValueError(f"labels must lie in 0..{classes - 1}, got {labels.min().item()}..{labels.max().item()}")
     counts = torch.bincount(labels.cpu(), minlength=classes)
