@@ -245,18 +245,19 @@ def rows(*specs, slope=.2):
 
 
 def slope(size):
-    return .1 if size == 28 else .2                                 # Table 3; Table 4
+    """Of LeakyReLU: Table 3's or Table 4's."""
+    return .1 if size == 28 else .2
 
 
 class AsImage(nn.Module):
-    """(B, d) -> (B, d, 1, 1), channels_last as the weights: of so small an image cuDNN could not tell."""
+    """(B, d) -> (B, d, 1, 1), channels_last as the weights: the strides of a 1 x 1 image do not tell the two formats apart."""
 
     def forward(self, z):
         return z[:, :, None, None].to(memory_format=torch.channels_last)
 
 
 class Generator(nn.Sequential):
-    """G: z (B, d) -> images (B, C, S, S) in [-1, 1], or points (B, C)."""
+    """G: z (B, d) -> images (B, C, S, S) in [-1, 1], S = 28 or 64, or, of size 0, points (B, C)."""
 
     def __init__(self, size, latent, channels, width):
         fc, up, w = nn.Linear, nn.ConvTranspose2d, width
@@ -293,7 +294,7 @@ class Features(nn.Sequential):
 
 
 def fc_critic(n, hidden, width, size):
-    """Table 3's D_con on n numbers: FC 1024, FC 64 (linear, as printed), FC 1."""
+    """Table 3's D_con on (B, n): FC 1024, FC 64 (linear, as printed), FC 1. A list of layers -> (B, 1)."""
     return rows((nn.Linear, n, hidden, True, "leaky"), (nn.Linear, hidden, width, False, ""),
                 (nn.Linear, width, 1, False, ""), slope=slope(size))
 
@@ -324,7 +325,7 @@ class JointDiscriminator(nn.Module):
             self.features, self.critic = Features(0, channels + latent, width), Critic(0, width)
         else:
             self.features, n = Features(size, channels, width), (98 if size == 28 else 128) * width
-            w = width if size == 28 else width // 2                 # 64 in Table 3 and in Table 4 the half
+            w = width if size == 28 else width // 2                 # 64 in either table
             self.critic = nn.Sequential(*fc_critic(n + latent, 16 * w, w, size))
 
     def forward(self, x, z):
@@ -392,7 +393,7 @@ def joint_loss(real, fake):
 
 
 def cycle_loss(x, x_hat, k=2):
-    """ALICE's explicit cycle: the mean over all numbers of |x - x_hat|^k (D8)."""
+    """ALICE's explicit cycle: the mean over all elements of |x - x_hat|^k (D8). Equal shapes -> a scalar, float32."""
     return (x.float() - x_hat.float()).abs().pow(k).mean()
 
 
@@ -476,7 +477,7 @@ class AIM(nn.Module):
         z = torch.randn(len(x), self.config.latent, device=x.device)
         with m.autocast():
             losses = self.losses(x.to(memory_format=torch.channels_last) if x.dim() == 4 else x, z)
-        # both gradients before either update: a forward whose weights have moved since has no gradient to give (D3)
+        # both gradients before either update: autograd refuses to go back through weights that have moved since (D3)
         grads_d = m.gradients(losses["d"], params_d, retain=True)
         grads_g = m.gradients(losses["g"] + losses.get("e", 0.), params_g)
         m.apply(self.optimisers["D"], params_d, grads_d)

@@ -273,7 +273,7 @@ def preset(model=None, dataset=None):
 
 
 def block_substitute(z, index, k, noise):
-    """O_i of Sec. 3, "block substitution": block `index` of `z`, one of k equal blocks, replaced by the same block of `noise`.
+    """IVGAN's O_i, "block substitution" (Sec. 3): block `index` of `z`, one of k equal blocks, replaced by that of `noise`.
 
     z, noise: (B, d); index: (B,) integers in 0..k-1, one block per sample. Returns (B, d); differentiable in z.
     N(0, I) in gives N(0, I) out. Raises ValueError if k does not divide d.
@@ -313,7 +313,7 @@ def radial_substitute(z, step, t, noise):
 
 
 def median_bandwidth(z, scale=100.):
-    """h = scale med^2 / log n, med the median distance between two of the n points z (n, d); IVAAE, Sec. 4. A number."""
+    """h = scale med^2 / log n, med the median distance between two of the n >= 2 points z (n, d); IVAAE, Sec. 4. A scalar."""
     with torch.no_grad():
         return (scale * F.pdist(z.float()).median().square() / math.log(len(z))).clamp_min(1e-12)      # codes may coincide
 
@@ -323,7 +323,7 @@ def svgd_step(z, bandwidth, epsilon=1.):
 
     z_i + epsilon / n sum_j [k(z_j, z_i) grad log p(z_j) + grad_{z_j} k(z_j, z_i)],  k(a, b) = exp(-||a - b||^2 / h).
     log p has gradient -z_j, and the kernel 2 / h (z_i - z_j) k: so both sums are matrix products with K, and nothing of
-    size n x n x d is formed. Differentiable in z; the bandwidth h is taken as a constant. Differences are taken about the
+    size n x n x d is formed. Differentiable in z (`median_bandwidth` gives h as a constant). Differences are taken about the
     mean: where the particles nearly coincide, 2 / h would blow up the rounding of anything larger.
     """
     mean = z.mean(0)
@@ -406,7 +406,7 @@ class Coder(nn.Module):
 
 
 def stages(size):
-    """Number of stride-2 convolutions from `size` pixels down to 4: four for the paper's 64."""
+    """Number of stride-2 convolutions from `size` pixels, a power of two from 8 up, down to 4: four for the paper's 64."""
     return size.bit_length() - 3
 
 
@@ -422,7 +422,7 @@ def init_weights(module):
 
 
 def convolutions(channels, size, width, norm_first, norm=True):
-    """The four CONV(K4, S2) stages that D and E share in form: (B, C, S, S) -> (B, width * 2^(n-1), 4, 4)."""
+    """The n = stages(S) CONV(K4, S2) rows that D and E share in form: (B, C, S, S) -> (B, 2^(n-1) width, 4, 4)."""
     layers, c_in = [], channels
     for n in range(stages(size)):
         has_norm, c_out = norm and (n > 0 or norm_first), width << n
@@ -434,7 +434,7 @@ def convolutions(channels, size, width, norm_first, norm=True):
 
 
 class AsImage(nn.Module):
-    """(B, d) -> (B, d, 1, 1), channels_last as the weights: of so small an image cuDNN could not tell."""
+    """(B, d) -> (B, d, 1, 1), channels_last as the weights: the strides of a 1 x 1 image do not tell the two formats apart."""
 
     def forward(self, z):
         return z[:, :, None, None].to(memory_format=torch.channels_last)
@@ -455,7 +455,10 @@ class Generator(nn.Sequential):
 
 
 class Discriminator(nn.Module):
-    """D of Table 1 with f as a second head: images (B, C, S, S) -> real/fake logit (B,) and block logits (B, k)."""
+    """D of Table 1 with f as a second head: images (B, C, S, S) -> real/fake logit (B,) and block logits (B, k), float32.
+
+    norm: where D has BN, "table1", "dcgan" (not after the first convolution) or "none" (D2).
+    """
 
     def __init__(self, channels=3, size=64, width=64, k=4, norm="table1"):
         super().__init__()
@@ -495,16 +498,21 @@ def adversarial_loss_d(base, real, fake):
         return (F.softplus(-real).mean() + F.softplus(fake).mean()) / 2     # -log sigmoid(v) = softplus(-v)
     if base == "lsgan":
         return ((real - 1).square().mean() + (fake + 1).square().mean()) / 2
-    return fake.mean() - real.mean()
+    if base in ("wgan", "wgan-gp"):
+        return fake.mean() - real.mean()
+    raise ValueError(f"unknown base {base!r}: dcgan, lsgan, wgan or wgan-gp")
 
 
 def adversarial_loss_g(base, fake):
-    """L_adv(G). fake: D's logits (B,). dcgan: non-saturating -log D. lsgan: 1/2 (D - c)^2 with c = 0 (author code)."""
+    """L_adv(G). fake: D's logits (B,). dcgan: non-saturating -log D. lsgan: 1/2 (D - c)^2 with c = 0 (author code).
+    wgan, wgan-gp: the critic's negated mean."""
     if base == "dcgan":
         return F.softplus(-fake).mean()
     if base == "lsgan":
         return fake.square().mean() / 2
-    return -fake.mean()
+    if base in ("wgan", "wgan-gp"):
+        return -fake.mean()
+    raise ValueError(f"unknown base {base!r}: dcgan, lsgan, wgan or wgan-gp")
 
 
 def classification_loss(logits, index):
@@ -592,8 +600,8 @@ class IVGAN(Coder):
         x = x.to(memory_format=torch.channels_last)
         with m.autocast(), torch.set_grad_enabled(move_g):
             images = self.forwards(x)
-        losses = self.step_d(x, images)                             # before D's forwards below: a forward whose weights
-        if move_g:                                                  # have since moved has no gradient to give
+        losses = self.step_d(x, images)                             # before D's forwards below: autograd refuses to go
+        if move_g:                                                  # back through weights that have moved since
             losses |= self.step_g_and_e(x, images)
             for _ in range(c.e_steps - 1 if self.E is not None else 0):  # D4: E has moved, so its codes are new
                 m.end_step()
@@ -696,7 +704,7 @@ def figures(model, run, step, x):
 
 
 class CodeEncoder(nn.Sequential):
-    """E of Tables 3 ("fc") and 4 ("conv"): images (B, C, S, S) -> codes (B, d)."""
+    """E of Tables 3 ("fc") and 4 ("conv", S a multiple of 16): images (B, C, S, S) -> codes (B, d)."""
 
     def __init__(self, network, latent, channels, size, width):
         if network == "fc":                                         # Table 3
@@ -753,7 +761,7 @@ def bridge_loss(logits):
 
 def prior_loss(logits):
     """WAE-GAN's form of E's loss (D15): the mean over k < t and batch of -log D_t(z_k), "each z_k came from the prior". At
-    t = 1 it is -log D(E(x))."""
+    t = 1 it is -log D(E(x)). logits (t + 1, B, t + 1), of T_0 .. T_t."""
     return -logits[:-1].log_softmax(2)[..., -1].mean()
 
 

@@ -117,7 +117,7 @@ class Config:
     root: str = "data"
     size: int = 64                  # "resized to 64"; 32: MNIST, CIFAR-10 (D7); 0: points
     channels: int = 3               # set from the data; of points their dimension
-    width: int = 64                 # channels at full size: Mimicry's, 16 times as many at the narrow end (points: MLPs)
+    width: int = 64                 # channels at full size: Mimicry's, 16 times as many at the narrow end (32 pixels: 4)
     latent: int = 128               # Mimicry's (D7); MNIST: 256 (ablation study); Swiss roll: 2
     batch: int = 32                 # author code
     epochs: float = 25              # "25 epochs"; `steps` wins where it is given
@@ -221,7 +221,7 @@ def preset(model=None, dataset=None):
 
 
 def conv(c_in, c_out, kernel, gain=1., spectral=False, stride=1, bias=True):
-    """A convolution that keeps the size (stride 1) or divides it, with xavier's weights (Mimicry) and a zero bias."""
+    """A convolution that keeps the size (odd kernel, stride 1) or halves it (4, 2); xavier's weights (Mimicry), bias 0."""
     layer = nn.Conv2d(c_in, c_out, kernel, stride, (kernel - 1) // 2, bias=bias)
     nn.init.xavier_uniform_(layer.weight, gain)
     if bias:
@@ -265,7 +265,8 @@ class Down(nn.Module):
 
 
 def mlp(n_in, hidden, n_out, norm="", slope=0., layers=4):
-    """`layers` linear layers with (leaky) ReLU between; norm "batch": BN before it; "spectral": of all but the last (D6)."""
+    """(B, n_in) -> (B, n_out): `layers` linear layers, (leaky) ReLU between; norm "batch": BN before it; "spectral": of all but
+    the last (D6)."""
     parts, n = [], n_in
     for _ in range(layers - 1):
         linear = nn.Linear(n, hidden)
@@ -290,7 +291,8 @@ class Pool(nn.Module):
 
 
 class Encoder(nn.Sequential):
-    """E, norm "batch", and the body of d, norm "spectral": images (B, C, S, S) or points (B, C) -> (B, n_out), float32."""
+    """E, norm "batch", and the body of d, norm "spectral": images (B, C, S, S), S = 32 or 64, or points (B, C) -> (B, n_out),
+    float32."""
 
     def __init__(self, size, channels, n_out, width, norm):
         w, spectral = width, norm == "spectral"
@@ -321,7 +323,7 @@ class Critic(Encoder):
 
 
 class Decoder(nn.Sequential):
-    """G: codes (B, dim) -> images (B, C, S, S) in [-1, 1], or points (B, C); float32."""
+    """G: codes (B, dim) -> images (B, C, S, S) in [-1, 1], S = 32 or 64, or, of size 0, points (B, C); float32."""
 
     def __init__(self, size, latent, channels, width):
         w = width
@@ -361,7 +363,7 @@ def critic_loss(d_x, d_mix, d_mu, mu, lam):
 
 
 def reconstruction_loss(x, x_hat, recon="l2"):
-    """Eq. (10), first term: the mean over all numbers of the squared ("l2"), or absolute ("l1"), difference (D1)."""
+    """Eq. (10), first term: the mean over all elements of the squared ("l2"), or absolute ("l1"), difference (D1)."""
     return F.mse_loss(x_hat, x) if recon == "l2" else F.l1_loss(x_hat, x)
 
 
@@ -371,12 +373,12 @@ def autoencoder_loss(x, x_hat, d_mu, d_hat, omega1, omega2, recon="l2"):
 
 
 def hinge_loss_d(real, fake):
-    """Eq. (12): D's outputs (B,) on codes and on g(z)."""
+    """Eq. (12): D's outputs (B,) on codes and on g(z) -> a scalar."""
     return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
 
 
 def hinge_loss_g(fake):
-    """Eq. (13)."""
+    """Eq. (13): D's outputs (B,) on g(z) -> a scalar."""
     return -fake.mean()
 
 
@@ -391,7 +393,7 @@ def kl_normal(mu, log_var):
 
 
 def negative_elbo(x, x_hat, mu, log_var, beta):
-    """-Eq. (2) up to a constant, for p(x|z) = N(x^, I / beta); x^ = G(z), z ~ q(z|x) (D8)."""
+    """-Eq. (2) up to a constant, for p(x|z) = N(x^, I / beta); x^ = G(z), z ~ q(z|x) (D8). mu, log_var: (B, dim)."""
     return (beta / 2 * squared_error(x, x_hat) + kl_normal(mu, log_var)).mean()
 
 
@@ -428,7 +430,7 @@ def introvae_loss_e(kl_real, kl_rec, kl_gen, error, margin, alpha, beta):
 
 
 def introvae_loss_g(kl_rec, kl_gen, error, alpha, beta):
-    """IntroVAE's Eq. (12): G wants E to take what it makes for data."""
+    """IntroVAE's Eq. (12), of the same (B,): G wants E to take what it makes for data."""
     return (alpha * (kl_rec + kl_gen) + beta * error).mean()
 
 
@@ -444,19 +446,20 @@ def age_loss_e(real, fake, x, x_hat, mu):
 
 
 def age_loss_g(fake, z, lam):
-    """AGE: g minimises Delta(e(g(Z))), plus lam / dim times 1 - cos(z, e(g(z))): up to a constant the mean over numbers of
-    -z e(g(z)) on the unit sphere, which its authors' weight belongs to (D9)."""
+    """AGE: g minimises Delta(e(g(Z))), plus lam / dim times 1 - cos(z, e(g(z))): up to a constant the mean over elements
+    of -z e(g(z)) on the unit sphere, which its authors' weight belongs to (D9). fake, z: codes (B, dim)."""
     return kl_fit(fake) + lam * (1 - F.cosine_similarity(z, fake)).mean() / z.shape[1]
 
 
 def r1_penalty(logits, x):
-    """||d logits / d x||^2 of each item, their mean; ALAE weights it by gamma / 2."""
+    """ALAE's R1: ||d logits / d x||^2 of each item, their mean; it weights it by gamma / 2. logits (B,) of x, which requires
+    a gradient."""
     gradient, = torch.autograd.grad(logits.sum(), x, create_graph=True)
     return gradient.square().flatten(1).sum(1).mean()
 
 
 def reciprocity_loss(w, w_hat):
-    """ALAE: ||F(z) - E(G(F(z)))||^2, a mean over numbers."""
+    """ALAE: ||F(z) - E(G(F(z)))||^2, a mean over elements of codes (B, dim)."""
     return (w - w_hat).square().mean()
 
 
@@ -466,7 +469,7 @@ def reciprocity_loss(w, w_hat):
 
 
 def draw_prior(n, dim, kind, generator=None, device=None):
-    """z (n, dim): N(0, I), or uniform on the sphere of radius sqrt(dim) (D4)."""
+    """z (n, dim): N(0, I) ("gaussian"), or uniform on the sphere of radius sqrt(dim) ("sphere"; D4)."""
     z = torch.randn(n, dim, generator=generator, device=device)
     return project(z) if kind == "sphere" else z
 
