@@ -179,8 +179,7 @@ def preset(model=None, dataset=None):
     model, dataset = model or Config.model, dataset or Config.dataset
     if model not in MODELS:
         raise UserError(f"--model {model} is not one of {', '.join(MODELS)}")
-    config = dataclasses.replace(Config(model=model, dataset=dataset), **DATASETS.get(dataset, {}))
-    return dataclasses.replace(config, **MODELS[model])
+    return Config(model, dataset, **(DATASETS.get(dataset, {}) | MODELS[model]))
 
 
 # ======================================================================================================================
@@ -488,7 +487,8 @@ class AIM(nn.Module):
 
     def infer(self, function, x):
         """`function(x)` with the networks in evaluation mode, without a graph."""
-        training, _ = self.training, self.eval()
+        training = self.training
+        self.eval()
         with torch.no_grad(), self.machine.autocast():
             y = function(x.to(self.machine.device))
         self.train(training)
@@ -1224,17 +1224,6 @@ def run_cli(main):
 # ======================================================================================================================
 
 
-def mixture(name):
-    """Means (K, 2) and standard deviation of the Gaussians of a point set (Sec. 5.3); None for one without."""
-    if name == "grid25":
-        axis = torch.tensor([-4., -2., 0., 2., 4.])
-        return torch.cartesian_prod(axis, axis), .05
-    if name == "ring8":
-        angle = torch.arange(8) * (math.pi / 4)
-        return 2 * torch.stack([angle.cos(), angle.sin()], 1), .02
-    return None
-
-
 class PointMetrics:
     """What metrics.Evaluator is for images, for points: Table 2's two numbers, and how well they are reconstructed."""
 
@@ -1244,6 +1233,7 @@ class PointMetrics:
     def __call__(self, model):
         """modes, high_quality (share within 3 std of the nearest mean), mse of the test points, and same_mode: the share
         of them whose reconstruction stays nearest to the same mean (the last two need an encoder)."""
+        from data import mixture
         from metrics import grid_modes, reconstruction_mse
 
         result, parts, mixed = {}, [], mixture(self.test.name)
@@ -1339,10 +1329,14 @@ def draw(config, machine, state, folder, n):
     print(f"{n} samples of step {state['step']} in {folder / 'drawn'}")
 
 
-def useless(config):
+def unused_flags(config):
     """The flags that mean nothing to `config.model`."""
-    return (() if config.model == "alice" else ("k",)) + (("lam",) if config.model in ("gan", "ali") else ()) \
-        + (("inception",) if config.size == 0 else ())
+    flags = [] if config.model == "alice" else ["k"]
+    if config.model in ("gan", "ali"):
+        flags.append("lam")
+    if config.size == 0:
+        flags.append("inception")
+    return flags
 
 
 def main(argv=None):
@@ -1364,11 +1358,11 @@ def main(argv=None):
             if name in ("width", "latent") and args[name] is None:
                 setattr(config, name, value)
     config.check()
-    refuse(args, config, useless(config))
+    refuse(args, config, unused_flags(config))
     machine = Machine(args["device"], config.amp, config.seed)
     if args["bench"]:
         config.channels = 2 if config.size == 0 else 1 if config.dataset in GREY else 3
-        shape = (config.batch, config.channels) + (config.size, config.size) * (config.size > 0)
+        shape = [config.batch, config.channels] + ([config.size] * 2 if config.size else [])
         x = torch.rand(shape, device=machine.device) * 2 - 1
         print(json.dumps({"model": config.model, "size": config.size, "width": config.width, "device": str(machine.device),
                           "precision": machine.amp, "compiled": config.compile}

@@ -352,6 +352,17 @@ def draw_digits(n: int, seed: int) -> tuple[Tensor, Tensor]:
 # ---------------------------------------------------------------------------- point sets and published sets
 
 
+def mixture(name: str) -> tuple[Tensor, float] | None:
+    """Means (K, 2) and standard deviation of the Gaussians of a point set: AIM's grid, or a ring; None for other names."""
+    if name == "grid25":
+        axis = torch.tensor([-4.0, -2.0, 0.0, 2.0, 4.0])
+        return torch.cartesian_prod(axis, axis), 0.05
+    if name == "ring8":
+        angle = torch.arange(8) * (math.pi / 4)
+        return 2 * torch.stack([angle.cos(), angle.sin()], 1), 0.02
+    return None
+
+
 def _points(name: str, split: str) -> Dataset:
     """Points in the plane, float32 (N, 2), labelled; train and test are different draws of the same distribution."""
     generator = torch.Generator().manual_seed({"train": 11, "test": 12}[split])
@@ -363,12 +374,7 @@ def _points(name: str, split: str) -> Dataset:
         t = 1.5 * math.pi * (1 + 2 * u)
         x = torch.stack([t * t.cos(), t * t.sin()], 1) / (4.5 * math.pi)
         return Dataset(name, split, x, (10 * u).long(), 10)  # ten equal stretches of t, for colour
-    if name == "grid25":  # AIM's 2-D grid
-        axis, std = torch.tensor([-4.0, -2.0, 0.0, 2.0, 4.0]), 0.05
-        centers = torch.cartesian_prod(axis, axis)
-    else:
-        angle, std = torch.arange(8) * (math.pi / 4), 0.02
-        centers = 2 * torch.stack([angle.cos(), angle.sin()], 1)
+    centers, std = mixture(name)
     n = 100_000 if split == "train" else 10_000
     y = torch.randint(len(centers), (n,), generator=generator)
     return Dataset(name, split, centers[y] + std * torch.randn(n, 2, generator=generator), y, len(centers))

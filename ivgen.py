@@ -258,13 +258,12 @@ def preset(model=None, dataset=None):
     """Config for one model on one data set: the paper's values, then the data set's, then the model's."""
     model, dataset = model or Config.model, dataset or Config.dataset
     if model in IVAAE_MODELS:
-        ours = IVAAE_DATASETS.get(dataset, {})
-        return Config(**{"model": model, "dataset": dataset} | IVAAE_PAPER | ours | IVAAE_MODELS[model])
+        return Config(model, dataset, **(IVAAE_PAPER | IVAAE_DATASETS.get(dataset, {}) | IVAAE_MODELS[model]))
     if model not in MODELS:
         raise UserError(f"--model {model} is not one of {', '.join((*MODELS, *IVAAE_MODELS))}")
     ours = DATASETS.get(dataset, {})
-    noise = {"noise_schedule": ours["noise_schedule"]} if "noise_schedule" in ours else {}
-    return Config(**{"model": model, "dataset": dataset} | ours | MODELS[model] | noise)
+    noise = {"noise_schedule": ours["noise_schedule"]} if "noise_schedule" in ours else {}      # of all models (D7)
+    return Config(model, dataset, **(ours | MODELS[model] | noise))
 
 
 # ======================================================================================================================
@@ -379,7 +378,8 @@ class Coder(nn.Module):
 
     def infer(self, network, x):
         """`network(x)` in evaluation mode, without a graph, in float32 out."""
-        training, _ = network.training, network.eval()
+        training = network.training
+        network.eval()
         with torch.no_grad(), self.machine.autocast():
             y = network(x)
         network.train(training)
@@ -1631,7 +1631,7 @@ def draw(config, machine, state, folder, n):
     print(f"{n} samples of step {state['step']} in {pathlib.Path(folder) / 'drawn'}")
 
 
-def useless(config):
+def unused_flags(config):
     """The flags that mean nothing to `config.model`."""
     if not config.bridge:
         unused = {"mrgan": ("k", "e_sign"), "ivdcgan": (), "ivlsgan": ()}
@@ -1663,7 +1663,7 @@ def main(argv=None):
     if args["inception"] and args["samples"] is None and not config.bridge:
         config.samples = FID_SAMPLES.get(config.dataset, 50_000)
     config.check()
-    refuse(args, config, useless(config))
+    refuse(args, config, unused_flags(config))
     machine = Machine(args["device"], config.amp, config.seed)
     if args["bench"]:
         config.channels = 1 if config.dataset in GREY else 3

@@ -211,8 +211,7 @@ def preset(model=None, dataset=None):
     model, dataset = model or Config.model, dataset or Config.dataset
     if model not in MODELS:
         raise UserError(f"--model {model} is not one of {', '.join(MODELS)}")
-    config = dataclasses.replace(Config(model=model, dataset=dataset), **DATASETS.get(dataset, {}))
-    return dataclasses.replace(config, **MODELS[model])
+    return Config(model, dataset, **(DATASETS.get(dataset, {}) | MODELS[model]))
 
 
 # ======================================================================================================================
@@ -544,7 +543,8 @@ class Autoencoder(nn.Module):
 
     def infer(self, function, x):
         """`function(x)` with the networks in evaluation mode, without a graph."""
-        training, _ = self.training, self.eval()
+        training = self.training
+        self.eval()
         with torch.no_grad(), self.machine.autocast():
             y = function(x.to(self.machine.device))
         self.train(training)
@@ -1678,11 +1678,16 @@ def draw(config, machine, state, folder, n):
     print(f"{n} samples of step {state['step']} in {folder / 'drawn'}")
 
 
-def useless(config):
+def unused_flags(config):
     """The flags that mean nothing to `config.model`."""
-    return (("inception",) if config.size == 0 else ()) + (("gamma", "lam") if config.omega1 == config.omega2 == 0 else ()) \
-        + (() if config.method == "latentmap" else ("joint", "gamma", "lam", "omega1", "omega2")) \
-        + (() if config.method in ("latentmap", "aae") else ("recon",))
+    flags = ["inception"] if config.size == 0 else []
+    if config.omega1 == config.omega2 == 0:
+        flags += ["gamma", "lam"]
+    if config.method != "latentmap":
+        flags += ["joint", "gamma", "lam", "omega1", "omega2"]
+    if config.method not in ("latentmap", "aae"):
+        flags.append("recon")
+    return flags
 
 
 def main(argv=None):
@@ -1702,12 +1707,12 @@ def main(argv=None):
     state = load_checkpoint(args["resume"], FILE) if args["resume"] else None
     config = settings(args, state, preset)
     config.check()
-    refuse(args, config, useless(config))
+    refuse(args, config, unused_flags(config))
     machine = Machine(args["device"], config.amp, config.seed)
     if args["bench"]:
         config.channels = 2 if config.size == 0 else 1 if config.dataset in GREY else 3
         config.map_from = 10 ** 9                                   # all of it in the first phase, the dearer one
-        shape = (config.batch, config.channels) + (config.size, config.size) * (config.size > 0)
+        shape = [config.batch, config.channels] + ([config.size] * 2 if config.size else [])
         x = torch.rand(shape, device=machine.device) * 2 - 1
         print(json.dumps({"model": config.model, "size": config.size, "width": config.width, "device": str(machine.device),
                           "precision": machine.amp, "compiled": config.compile}

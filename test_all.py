@@ -2835,7 +2835,7 @@ def test_aim_presets_are_the_papers():
 def test_mixture_is_where_the_points_are(name):
     import data
 
-    means, std = aim.mixture(name)
+    means, std = data.mixture(name)
     test = data.load(name, split="test")
     apart, nearest = torch.cdist(test.x, means).min(1)
     assert nearest.unique().numel() == test.classes == len(means)
