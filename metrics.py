@@ -46,7 +46,7 @@ import sys
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 import torch
@@ -68,6 +68,10 @@ SEED = 2020  # of everything drawn here; evaluations are comparable because it n
 
 class UserError(ValueError):
     """What a user can cause and mend: the command line prints it as one sentence and exits with code 2."""
+
+
+class NotFinite(ValueError, ArithmeticError):
+    """NaN or infinity where a statistic was asked for: of a training run that it has diverged."""
 
 
 # ====================================================================================================================
@@ -216,15 +220,16 @@ def load_inception(weights="auto"):
     `weights` is "auto" (torch.hub's cache, or a download with a check of the hash) or a path. Only a file whose sha256
     starts with INCEPTION_SHA256 is read, and only tensors are read from it. UserError otherwise.
     """
-    by_hand = f"get {INCEPTION_FILE} from {INCEPTION_URL} and give its path with --weights"
+    by_hand = f"get {INCEPTION_FILE} from {INCEPTION_URL} and give its path (metrics.py: --weights; else --inception)"
     kept = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
     if weights == "auto" and kept.is_file():  # torch.hub checks what it downloads, not what lies there
         weights = kept
     if weights == "auto":
         try:
-            state = torch.hub.load_state_dict_from_url(
-                INCEPTION_URL, map_location="cpu", check_hash=True, weights_only=True, progress=sys.stderr.isatty()
-            )
+            with redirect_stdout(sys.stderr):  # torch.hub says there what it downloads, which is no result
+                state = torch.hub.load_state_dict_from_url(
+                    INCEPTION_URL, map_location="cpu", check_hash=True, weights_only=True, progress=sys.stderr.isatty()
+                )
         except Exception as error:  # no network, a proxy's page instead of the file, a damaged file in the cache
             raise UserError(
                 f"the weights FID needs could not be downloaded ({error}): {by_hand}, "
@@ -355,7 +360,7 @@ def check_features(f, least=1):
     if len(f) < least:
         raise ValueError(f"needs at least {least} rows of features, got {len(f)}")
     if not torch.isfinite(f.sum(dtype=torch.float64)):  # one pass, and no mask as large as f
-        raise ValueError("features must be finite, but some are NaN or infinite")
+        raise NotFinite("features must be finite, but some are NaN or infinite")
 
 
 def check_pair(f1, f2, least):
@@ -380,6 +385,7 @@ class Moments:
 
     def update(self, features):
         """Take in features (B, d). Returns self. Refuses non-finite values and another d with a ValueError."""
+        features = torch.as_tensor(features)
         check_features(features)
         if features.shape[1] != len(self.mean):
             raise ValueError(f"these are statistics of {len(self.mean)} dimensions, not {features.shape[1]}")
@@ -431,7 +437,7 @@ class Moments:
     @classmethod
     def of(cls, state):
         """From state(), or from the features (N, d) themselves."""
-        if isinstance(state, Tensor):
+        if not isinstance(state, dict):
             return cls(state.shape[-1]).update(state)
         self = cls(0)
         self.n, self.mean, self.scatter = state["n"], state["mean"], state["scatter"]
@@ -583,11 +589,18 @@ def frechet_distance(mu1, cov1, mu2, cov2):
         shapes = ", ".join(str(tuple(t.shape)) for t in (mu1, cov1, mu2, cov2))
         raise ValueError(f"means must be (d,) and covariances (d, d) with one d, got {shapes}")
     if not all(torch.isfinite(t).all() for t in (mu1, cov1, mu2, cov2)):
-        raise ValueError("means and covariances must be finite, but some values are NaN or infinite")
+        raise NotFinite("means and covariances must be finite, but some values are NaN or infinite")
     if torch.equal(mu1, mu2) and torch.equal(cov1, cov2):
         return 0.0  # exactly; rounding would leave some 1e-10
     traces = (cov1.trace() + cov2.trace()).item()
     return max(0.0, (mu1 - mu2).square().sum().item() + traces - 2 * trace_of_root(cov1, cov2))
+
+
+def nonnegative(values):
+    """Ascending eigenvalues of a covariance without the negative ones of rounding; ValueError if they are more than that."""
+    if values[0] < -1e-3 * values.abs().max():
+        raise ValueError("a covariance must be positive semidefinite, but one has negative eigenvalues")
+    return values.clamp(min=0)
 
 
 def trace_of_root(cov1, cov2):
@@ -602,10 +615,11 @@ def trace_of_root(cov1, cov2):
         factor, failed = torch.linalg.cholesky_ex(a)
         pivots = factor.diagonal().square()
         if not failed and pivots.min() > least * pivots.max():
-            return torch.linalg.eigvalsh(factor.T @ b @ factor).clamp(min=0).sqrt().sum().item()
+            return nonnegative(torch.linalg.eigvalsh(factor.T @ b @ factor)).sqrt().sum().item()
     factors = []
     for a in (cov1, cov2):
         values, vectors = torch.linalg.eigh(a)
+        values = nonnegative(values)
         kept = values > least * values[-1]
         factors.append(vectors[:, kept] * values[kept].sqrt())
     return nuclear_norm(factors[0].T @ factors[1])
@@ -918,13 +932,14 @@ class Evaluator:
 
     train, test: data.Dataset of images; size: the model's pixels; inception: None (no fid), "auto" or a path of the
     weights; amp: precision of the Inception features. Labelled sets get a classifier, trained once, and with it fcd and
-    its company. The reference is at most 10,000 real test images at `size` (of fid on
-    MNIST, Fashion-MNIST and LSUN the training images); its statistics are cached under `root`.
+    its company. The reference is at most 10,000 real test images at `size` (of fid, `fid_on_train` training images if
+    given, else FID_ON_TRAIN's); its statistics are cached under `root`.
     In a distributed run one rank calls it: nothing here waits for the others.
     """
 
     def __init__(
-        self, train, test, size, device="cpu", root="data", samples=10_000, inception=None, batch=250, amp=None
+        self, train, test, size, device="cpu", root="data", samples=10_000, inception=None, batch=250, amp=None,
+        fid_on_train=None,
     ):
         import data
 
@@ -942,8 +957,9 @@ class Evaluator:
         # the Inception network takes minutes on a CPU, the classifier a second: only the former shows progress
         self.label = "Inception features" if inception else None
         self.reference = {e.metric: (test, self.count) for e in self.extractors}
-        if "fid" in self.reference and train.name in FID_ON_TRAIN:
-            self.reference["fid"] = (train, min(FID_ON_TRAIN[train.name], len(train)))
+        fid_on_train = fid_on_train or FID_ON_TRAIN.get(train.name)
+        if "fid" in self.reference and fid_on_train:
+            self.reference["fid"] = (train, min(fid_on_train, len(train)))
         real = {e.metric: real_statistics(*self.reference[e.metric], size, e, root, batch, self.label) for e in self.extractors}
         self.real = {metric: statistics["moments"] for metric, statistics in real.items()}
         self.fixed = {"classifier_accuracy": self.classifier.accuracy} if self.classifier else {}
@@ -960,12 +976,12 @@ class Evaluator:
 
         labelled sets: fcd, is, is_std, class_share (list), class_min, class_max, confident (share of samples with
         confidence > .9), is_real, classifier_accuracy; stacked sets: modes, kl (nats), modes_real, kl_real; with
-        weights: fid, and is_inception, the score in Inception's own classes; with reconstruct: mse (pixels in [0, 1]), its
-        standard deviation over images mse_std, and mse_pm1 ([-1, 1]), of test images; always: protocol.
+        weights: fid, and is_inception, is_inception_std, the score in Inception's own classes; with reconstruct: mse (pixels
+        in [0, 1]), its standard deviation over images mse_std, and mse_pm1 ([-1, 1]), of test images; always: protocol.
 
         Samples are rounded to uint8, so they are scored as they would be saved; reconstructions are not. Random numbers
         start from one seed at every call, so evaluations compare models, not draws; the caller's are left as they were.
-        ValueError for samples that are not finite or of another shape.
+        ValueError for samples of another shape, NotFinite, which is one, for NaN or infinity.
         """
         with seeded(self.device, SEED):
             result, protocol = self._score(sample) if sample else ({}, [])
@@ -995,7 +1011,8 @@ class Evaluator:
             result["class_min"], result["class_max"] = share.min().item(), share.max().item()
             result["confident"] = (probs.amax(1) > 0.9).double().mean().item()
         if "fid" in got:
-            result["is_inception"] = inception_score(got["fid"]["logits"].double().softmax(1))[0]
+            scores = inception_score(got["fid"]["logits"].double().softmax(1))
+            result["is_inception"], result["is_inception_std"] = scores
         if labels:
             result["modes"], result["kl"] = stacked_modes(torch.cat(labels))
             protocol.append(f"modes, kl: {self.classifier.name}, {self.samples} samples, {self.size}x{self.size}")
@@ -1009,10 +1026,11 @@ class Evaluator:
         for start in range(0, needed, self.batch):
             n = min(self.batch, needed - start)
             x = sample(n)
-            if tuple(x.shape) != (n, self.test.channels, self.size, self.size) or not torch.isfinite(x).all():
-                raise ValueError(f"sample({n}) must give {n} finite images of {self.test.channels} channels and "
-                                 f"{self.size}x{self.size}, got {tuple(x.shape)}, "
-                                 f"{(~torch.isfinite(x)).sum().item()} numbers of them not finite")
+            if tuple(x.shape) != (n, self.test.channels, self.size, self.size):
+                raise ValueError(f"sample({n}) must give {n} images of {self.test.channels} channels and "
+                                 f"{self.size}x{self.size}, got {tuple(x.shape)}")
+            if not torch.isfinite(x).all():
+                raise NotFinite("samples must be finite, but some numbers are NaN or infinite")
             u8 = data.to_uint8(x)
             if self.test.stacked:
                 labels.append(self.classifier.stacked_labels(u8))

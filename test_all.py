@@ -723,6 +723,12 @@ def test_the_genuine_mnist():
     assert train.y.bincount().tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
     assert abs(train.x.float().mean().item() / 255 - 0.1307) < 1e-4  # the mean that every MNIST example prints
 
+def test_seeds_do_not_share_epochs():
+    a, b = data.Batches(counted(60), 60, seed=0), data.Batches(counted(60), 60, seed=1)
+    orders = [indices(next(s)[0]).tolist() for s in (a, a, b, b)]
+    assert all(one != two for one, two in itertools.combinations(orders, 2))
+
+
 # ======================================================================================================================
 # metrics.py
 # ======================================================================================================================
@@ -814,6 +820,9 @@ def test_frechet_distance_refuses_what_it_cannot_be_computed_from():
         metrics.frechet_distance(mu, cov, torch.zeros(4), torch.eye(4))
     with pytest.raises(ValueError, match="finite"):
         metrics.frechet_distance(mu, cov, mu, cov * math.nan)
+    for pair in ((cov, -cov), (-cov, cov), (-cov, torch.diag(torch.tensor([1., 1., 0.])))):
+        with pytest.raises(ValueError, match="semidefinite"):
+            metrics.frechet_distance(mu, pair[0], mu, pair[1])
     with pytest.raises(ValueError, match="at least 2"):
         metrics.frechet_distance_features(torch.zeros(1, 3), torch.zeros(5, 3))
     with pytest.raises(ValueError, match="dimensions"):
@@ -871,6 +880,8 @@ def test_moments_refuse_one_sample_other_dimensions_and_nan():
     with pytest.raises(ValueError, match="dimensions"):
         moments.merge(metrics.Moments(4))
     assert moments.n == 0
+    array = np.arange(12.).reshape(4, 3)
+    assert metrics.Moments.of(array).mean.tolist() == [4.5, 5.5, 6.5]
 
 
 def _metrics_rank(i, rank, folder, f):
@@ -1013,6 +1024,7 @@ def test_stacked_modes_of_counted_labels():
     modes, kl = metrics.stacked_modes(torch.tensor([3, 3, 3, 999]))
     assert modes == 2 and kl == pytest.approx(0.75 * math.log(750) + 0.25 * math.log(250))
     assert metrics.stacked_modes(torch.tensor([1, 1]), classes=4) == (1, pytest.approx(math.log(4)))
+    assert metrics.stacked_modes(torch.tensor([3, 250], dtype=torch.uint8))[0] == 2     # 999 is no uint8
     for bad in (torch.tensor([-1]), torch.tensor([1000]), torch.zeros(2), torch.zeros(0, dtype=torch.long)):
         with pytest.raises(ValueError, match="labels must"):
             metrics.stacked_modes(bad)
@@ -1283,9 +1295,11 @@ def test_evaluator_scores_samples_as_they_would_be_saved(sets, cache):
 
 def test_evaluator_refuses_bad_samples_points_and_too_few(sets, cache):
     evaluator = metrics.Evaluator(*sets, 16, root=cache, samples=20, batch=20)
-    for bad in (torch.full((20, 1, 16, 16), math.nan), torch.zeros(19, 1, 16, 16), torch.zeros(20, 256)):
-        with pytest.raises(ValueError, match="finite images"):
-            evaluator(lambda n: bad)
+    for bad in (torch.zeros(19, 1, 16, 16), torch.zeros(20, 256)):
+        with pytest.raises(ValueError, match="must give 20 images"):
+            evaluator(lambda n, bad=bad: bad)
+    with pytest.raises(metrics.NotFinite, match="finite"):
+        evaluator(lambda n: torch.full((20, 1, 16, 16), math.nan))
     with pytest.raises(ValueError, match="10 samples"):
         metrics.Evaluator(*sets, 16, root=cache, samples=9)
     points = data.Dataset("grid25", "train", torch.zeros(50, 2), None, 0)
@@ -1342,6 +1356,10 @@ def test_fid_on_mnist_is_against_the_training_set_as_published(sets, cache, ince
     evaluator = metrics.Evaluator(train, test, 16, root=cache, samples=10, inception=inception)
     assert asked == [("fcd", "test", 12), ("fid", "train", 14)]
     assert evaluator.reference["fid"][0] is train and evaluator.reference["fcd"] == (test, 12)
+    train, test, asked[:] = dataclasses.replace(train, name="cifar10"), dataclasses.replace(test, name="cifar10"), []
+    metrics.Evaluator(train, test, 16, root=cache, samples=10, inception=inception)
+    metrics.Evaluator(train, test, 16, root=cache, samples=10, inception=inception, fid_on_train=13)    # LatentMap's D11
+    assert asked == [("fcd", "test", 12), ("fid", "test", 12), ("fcd", "test", 12), ("fid", "train", 13)]
 
 
 # ---------------------------------------------------------------------------------------------------- command line
@@ -1405,6 +1423,9 @@ def test_command_line_prints_no_fid_without_the_weights(folders, tmp_path, capsy
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
     code, out, err = command(capsys, folders / "a", folders / "b")
     assert code == 2 and not out and err.count("\n") == 1 and metrics.INCEPTION_FILE in err
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *_, **__: print("Downloading") or offline())
+    code, out, err = command(capsys, folders / "a", folders / "b", "--json")
+    assert code == 2 and not out and "Downloading" in err           # stdout is for the result alone
     wrong = tmp_path / "wrong.pth"
     torch.save({}, wrong)
     code, out, err = command(capsys, folders / "a", folders / "b", "--weights", wrong)
@@ -1477,6 +1498,38 @@ def test_metrics_imports_alone(tmp_path):
     environment = {**os.environ, "PYTHONPATH": ""}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and float(done.stdout) > 0, done.stderr
+
+
+def test_kernel_distances_std_has_ddof_0():
+    x, y = normal(40, 5, 1), normal(40, 5, 2)
+    first = metrics.kernel_distance(x, y, 1, 10)[0]                 # the same seed: the first of the two
+    mean, std = metrics.kernel_distance(x, y, 2, 10)
+    assert std == pytest.approx(abs(first - mean)) and std > 1e-3
+
+
+def test_compare_keeps_real_and_generated_apart(monkeypatch):
+    f = {"real": torch.arange(20.)[:, None].double(), "fake": torch.tensor([[0.], [.1], [.2], [.3], [500.]]).double()}
+    logits = 50 * torch.eye(10).repeat_interleave(10, 0)            # B lies class by class
+    monkeypatch.setattr(metrics, "measure", lambda source, *_: {"features": f[source["name"]], "logits": logits})
+    extract = types.SimpleNamespace(metric="fid", dim=2048, name="")
+    compare = lambda wanted, n: metrics.compare({"name": "real", "n": 20}, {"name": "fake", "n": n}, extract, wanted, None)
+    got = compare({"pr"}, 5)
+    assert got["precision"] == pytest.approx(.8) and got["recall"] == 1.
+    assert compare({"is"}, 100)["is"] > 5
+
+
+def test_statistics_of_another_count_or_network_are_others(tmp_path):
+    class Extract:
+        metric, dim, device, key = "x", 64, torch.device("cpu"), {"network": 1}
+        __call__ = lambda self, u8: (u8.flatten(1).float(), u8.flatten(1).float())
+
+    dataset, extract = counted(50), Extract()
+    of = lambda n, size=None: metrics.real_statistics(dataset, n, size, extract, tmp_path)["moments"]
+    assert [of(n).n for n in (20, 40, 20)] == [20, 40, 20]
+    torch.testing.assert_close(of(40).mean, torch.full((64,), 19.5).double())           # those very images, unchanged
+    extract.key = {"network": 2}
+    extract.__class__.__call__ = lambda self, u8: (u8.flatten(1).float() + 1, u8.flatten(1).float())
+    assert of(40).mean[0] == 20.5
 
 
 # ======================================================================================================================
@@ -1791,6 +1844,125 @@ def test_flags_scale_a_weights_companion():
     assert (c.lr, round(c.lr_e, 9), c.mu, c.mu_e, c.lam_e) == (2e-4, 1e-2, 0, 0, 1)
 
 
+def sgd_step(model, part, network, seed=6):
+    """The gradient by which `part()` moves `network`: SGD at rate 1 in the optimiser's place."""
+    model.optimisers[network] = torch.optim.SGD(getattr(model, network).parameters(), 1.)
+    before = weights(getattr(model, network))
+    torch.manual_seed(seed)
+    part()
+    return [a - b.detach() for a, b in zip(before, getattr(model, network).parameters())]
+
+
+def test_ds_gradient_is_line_10_on_noisy_images():
+    model, x = small(mu=.3)
+    model.config.noise, model.config.noise_schedule = 1., ((0, .5),)
+    images, twin = model.forwards(x), copy.deepcopy(model.D)
+    got = sgd_step(model, lambda: model.step_d(x, images), "D")
+    torch.manual_seed(6)
+    real = x + .5 * torch.randn_like(x)
+    fake = images["x_z"].detach() + .5 * torch.randn_like(images["x_z"])
+    loss = ((twin(real)[0] - 1) ** 2).mean() / 2 + ((twin(fake)[0] + 1) ** 2).mean() / 2
+    loss = loss + .3 * F.cross_entropy(twin(images["x_i"].detach())[1], images["index"])
+    for a, b in zip(got, torch.autograd.grad(loss, list(twin.parameters()))):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-6)
+
+
+@pytest.mark.parametrize("name, changes", [("ivlsgan", {}), ("ivlsgan", dict(e_sign="code")), ("mrgan", {})])
+def test_gs_and_es_gradients_on_noisy_images(name, changes):
+    """As Eq. (11)'s test, with noise, and of MRGAN (D9) and `--e-sign code` (D3) too."""
+    model, x = small(name, mu=.5, lam=.25, mu_e=.7, lam_e=1.3, **changes)
+    model.config.noise, model.config.noise_schedule = 1., ((0, .5),)
+    torch.manual_seed(5)
+    images, twin = model.forwards(x), copy.deepcopy(model.D)
+    g, e = list(model.G.parameters()), list(model.E.parameters())
+    fresh = copy.deepcopy(model)
+    torch.manual_seed(5)
+    images2 = fresh.forwards(x)
+    old = {n: weights(getattr(fresh, n)) for n in "GE"}
+    for n in "GE":
+        fresh.optimisers[n] = torch.optim.SGD(getattr(fresh, n).parameters(), 1.)
+    torch.manual_seed(6)
+    fresh.step_g_and_e(x, images2)
+    torch.manual_seed(6)
+    noisy = lambda y: y + .5 * torch.randn_like(y)
+    d = twin(noisy(images["x_z"]))[0]
+    rec = (images["x_w"] - x).abs().mean()
+    if name == "mrgan":
+        adv, extra = F.softplus(-d).mean(), F.softplus(-twin(noisy(images["x_w"]))[0]).mean()
+    else:
+        adv, extra = d.square().mean() / 2, -F.cross_entropy(twin(images["x_i"])[1], images["index"])
+        rec = rec + (model.E(images["x_i"]) - images["w_i"]).abs().mean()
+    e_loss = -.7 * extra if changes else 1.3 * rec + .7 * extra
+    for n, params, loss in (("G", g, adv + .25 * rec + .5 * extra), ("E", e, e_loss)):
+        want = torch.autograd.grad(loss, params, retain_graph=True)
+        for a, new, b in zip(old[n], getattr(fresh, n).parameters(), want):
+            torch.testing.assert_close(a - new.detach(), b, rtol=1e-3, atol=2e-6)
+
+
+def test_gradient_penalty_is_taken_between_real_and_generated_with_weight_10(monkeypatch):
+    seen = []
+    critic = lambda x: seen.append(x.detach()) or x.square().sum((1, 2, 3)) / 2          # its gradient is x
+    penalty = ivgen.gradient_penalty(critic, torch.full((200, 1, 2, 2), 3.), torch.ones(200, 1, 2, 2))
+    x = seen[0]
+    assert (x == x[:, :1, :1, :1]).all() and 1 <= x.min() < 1.1 and 2.9 < x.max() <= 3    # one u for each image
+    torch.testing.assert_close(penalty.detach(), (x.flatten(1).norm(dim=1) - 1).square().mean())
+    points = torch.ones(200, 3)                                     # and of points, where the critic's gradient is 1
+    assert ivgen.gradient_penalty(lambda x: x[:, 0], 2 * points, points).item() == 0
+    model, x = small("wgan-gp")
+    monkeypatch.setattr(ivgen, "adversarial_loss_d", lambda base, *v: sum(u.sum() * 0 for u in v))
+    monkeypatch.setattr(ivgen, "gradient_penalty", lambda critic, real, fake: critic(x).mean())
+    twin, images = copy.deepcopy(model.D), model.forwards(x)
+    got = sgd_step(model, lambda: model.step_d(x, images), "D")
+    want = torch.autograd.grad(twin(x)[0].mean(), list(twin.parameters()), allow_unused=True)
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, torch.zeros_like(a) if b is None else 10 * b, rtol=1e-3, atol=2e-6)
+
+
+def test_d_moves_before_g_and_e():
+    model, x = small(e_steps=2)
+    called = []
+    recorded = lambda name, f: lambda *a, **k: called.append(name) or f(*a, **k)
+    for name in ("forwards", "step_d", "step_g_and_e"):
+        setattr(model, name, recorded(name, getattr(model, name)))
+    model.step(x)
+    assert called == ["forwards", "step_d", "step_g_and_e", "forwards", "step_g_and_e"]
+
+
+def test_gs_running_statistics_are_those_of_prior_noise():
+    model, x = small("ivlsgan")
+    seen, norm = [], next(m for m in model.G if isinstance(m, torch.nn.BatchNorm2d))
+    norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().mean((0, 2, 3))))
+    for _ in range(3):
+        model.step(x)
+    expected = torch.zeros_like(seen[0])
+    for mean in seen[::3]:                                          # G(z), G(E(x)), G(O_i(E(x))), ...
+        expected = .9 * expected + .1 * mean
+    assert len(seen) == 9
+    torch.testing.assert_close(norm.running_mean, expected)
+
+
+def test_ema_takes_gs_running_statistics():
+    model, x = small(ema=.5)
+    model.step(x)
+    assert all(torch.equal(a, b) for a, b in zip(model.average.buffers(), model.G.buffers()))
+
+
+def test_presets_of_the_baselines_and_of_ivaae_in_full():
+    of = lambda model, dataset, *names: tuple(getattr(ivgen.preset(model, dataset), n) for n in names)
+    assert of("wgan", "cifar10", "lr", "critic_steps", "mu", "lam") == (5e-5, 5, 0, 0)
+    assert of("wgan-gp", "cifar10", "lr", "beta1", "beta2", "critic_steps") == (1e-4, 0, .9, 5)
+    assert of("mrgan", "cifar10", "mu", "lam", "mu_e", "lam_e", "noise_schedule") == (.25, .25, .25, .25, ())
+    assert of("ivdcgan", "cifar10", "noise_schedule")[0] == ((0, .05), (.25, .01), (.5, .003), (.75, .001))
+    assert of("ivlsgan", "cifar10", "noise_schedule")[0] == ((0, .05), (.125, .01), (.25, .001), (.5, 0.))
+    assert of("ivaae-rad", "mnist", "network", "width", "decay", "lam_mmd") == ("fc", 128, ((100, .5), (200, .25)), 10)
+    assert of("ivaae-rad", "celeba", "network", "width", "t", "lam", "mu", "mu_e", "decay", "lam_mmd") == (
+        "conv", 128, 4, 1, 4, 2, ((30, .5), (50, .1), (100, .01)), 100)
+    assert [aim.preset(m, "cifar10").lam for m in aim.MODELS] == [None, None, 1, None, 0, 1, 1]
+    c = latentmap.preset("age", "cifar10")
+    assert (c.size, c.age_steps, c.age_mu, c.age_lam) == (32, 2, 5, 500)
+    assert (c.alpha, c.critic_steps, c.d_steps, c.r1) == (.25, 2, 5, 10)
+
+
 # ======================================================================================================================
 # Runs: what every command line promises
 # ======================================================================================================================
@@ -1919,16 +2091,22 @@ def test_sample_and_bench(pictures, tmp_path, capsys):
 
 
 def test_two_processes_train_one_model(pictures, tmp_path):
-    """torchrun: the ranks see different images, average gradients, and one of them writes."""
-    run = tmp_path / "run"
+    run, script = tmp_path / "run", tmp_path / "script.py"
+    script.write_text("import sys, torch; sys.path.insert(0, sys.argv.pop(1)); import ivgen\nsave = ivgen.Run.save\n"
+                      "def keep(self, name, file, model, step, *rest):\n    save(self, name, file, model, step, *rest)\n"
+                      "    torch.save(dict(model.named_parameters()), f'{self.folder}.{step}.{self.machine.rank}.pt')\n"
+                      "ivgen.Run.save = keep\nsys.exit(ivgen.run_cli(ivgen.main))")
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone",
-         HERE / "ivgen.py", *map(str, quick(pictures, tmp_path, "--steps", 4, "--eval-every", 4, "--out", run))],
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone", script,
+         HERE, *map(str, quick(pictures, tmp_path, "--steps", 4, "--eval-every", 4, "--out", run))],
         capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=HERE)
     assert done.returncode == 0, done.stderr[-2000:]
     state = torch.load(run / "last.pt", weights_only=True)
     assert state["step"] == 4 and len(state["rng"]) == 2 and not torch.equal(state["rng"][0][0], state["rng"][1][0])
-    assert json.loads((run / "config.json").read_text())["world"] == 2
+    assert state["config"]["steps_per_epoch"] == 3                  # 96 pictures, 16 a rank and step: each rank sees its half
+    for step in (0, 4):
+        one, two = (torch.load(f"{run}.{step}.{rank}.pt") for rank in range(2))
+        assert all(torch.equal(one[k], two[k]) for k in one), step
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -2136,6 +2314,23 @@ def test_bad_folders_and_checkpoints_end_in_one_sentence(pictures, tmp_path, cap
     ends("written by aim.py", "--resume", run)
     torch.save(state | {"config": state["config"] | {"width": 8}}, run / "last.pt")
     ends("another shape", "--resume", run)
+
+
+def test_gradients_of_unlike_ranks_are_averaged(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda t: t.mul_(3))           # the other rank's is twice ours
+    p, machine = torch.nn.Parameter(torch.zeros(3)), ivgen.Machine()
+    machine.world = 2
+    machine.apply(torch.optim.SGD([p], 1.), [p], [torch.ones(3)])
+    assert p.tolist() == [-1.5] * 3
+
+
+def test_drawn_pictures_are_the_samples_as_they_would_be_scored(tmp_path):
+    x = torch.rand(300, 3, 8, 8) - .4                               # a narrow range, which must stay one
+    parts = iter(x.split([250, 50]))
+    ivgen.draw_images(types.SimpleNamespace(sample=lambda n: next(parts)), tmp_path, 300)
+    files = sorted((tmp_path / "drawn").glob("*.png"))
+    got = torch.stack([torch.from_numpy(np.array(Image.open(f))).permute(2, 0, 1) for f in files])
+    assert len(files) == 300 and (got.int() - data.to_uint8(x).int()).abs().max() <= 1
 
 
 # ======================================================================================================================
@@ -2482,6 +2677,47 @@ def test_ivaaes_bad_flags_end_in_a_sentence(flags, words, capsys):
     assert words in capsys.readouterr().err
 
 
+def test_ivaaes_weights_are_used_and_lr_takes_d_along():
+    net, x = small_ivaae("ivaae-rad", lam=0.)
+    before = weights(net.G)
+    net.step(x)
+    assert not moved(before, net.G)                               # lam = 0: nothing moves G
+    flags = dict.fromkeys(f.name for f in dataclasses.fields(ivgen.Config)) | dict(model="ivaae-rad", dataset="celeba", lr=2e-3)
+    c = ivgen.settings(flags, None, ivgen.preset)
+    assert (c.lr, c.lr_e, c.lr_d) == (2e-3, 2e-3, 1e-3)
+
+
+def test_each_bridge_draws_noise_of_its_own():
+    z = torch.zeros(16, 8)
+    chain = small_ivaae("ivaae-bw")[0].bridges(z)
+    assert not any(torch.equal(a[:, :2], b[:, :2]) for a, b in itertools.combinations(chain[1:], 2))
+
+
+def test_the_probes_gradient_is_fig_3s():
+    net, x = small_ivaae("ivaae-bw")
+    twin = copy.deepcopy(net)
+    line, = ivgen.probe_discriminator(net, iter([(x, None)]), 1)
+    logits = twin.D(twin.E(x))
+    gradient = torch.autograd.grad(-logits.log_softmax(1)[:, -1].mean(), list(twin.E.parameters()))
+    assert line["gradient"] == pytest.approx(torch.cat([g.flatten() for g in gradient]).norm().item(), rel=1e-4)
+
+
+def test_the_probe_leaves_es_running_statistics_alone():
+    net, _ = small_ivaae("ivaae-rad", network="conv", size=64, width=2)     # Table 3's networks have no BN to disturb
+    before = copy.deepcopy(net.E.state_dict())
+    ivgen.probe_discriminator(net, iter([(torch.rand(8, 1, 64, 64) * 2 - 1, None)]), 1)
+    assert all(torch.equal(v, net.E.state_dict()[k]) for k, v in before.items())
+
+
+def test_the_classifier_probe_reads_the_last_hidden_layer(monkeypatch):
+    net, _ = small_ivaae("ivaae-rad")
+    widths, linear = [], torch.nn.Linear
+    monkeypatch.setattr(ivgen.nn, "Linear", lambda n, m: widths.append(n) or linear(n, m))
+    test = quadrants(40, "test", 2)
+    ivgen.probe_classifier(net, data.Batches(test, 10, size=16), test, 1)
+    assert widths == [8 * net.config.width, 1000, 1000]
+
+
 # ======================================================================================================================
 # aim.py: Adversarial Inference by Matching (uses cli, weights, moved and the fixture `pictures` of the parts above)
 # ======================================================================================================================
@@ -2773,15 +3009,16 @@ def test_gan_is_aim_without_e():
     assert all(torch.equal(v, net.state_dict()[k]) for k, v in gan.state_dict().items() if torch.is_tensor(v))
 
 
-def test_algorithm_1s_losses():
-    net, x, z = aim_small(std=.2)
+@pytest.mark.parametrize("dataset", ["grid25", "mnist"])
+def test_algorithm_1s_losses(dataset):
+    net, x, z = aim_small("aim", dataset, std=.2)
     losses, x_tilde = net.losses(x, z), net.G(z)
-    rho_q, rho_p = (net.critic(net.features(each)).sigmoid() for each in (x, x_tilde))
+    rho_q, rho_p = (net.critic(net.features(each)) for each in (x, x_tilde))
     mu, log_var = net.E(net.features(x_tilde))
-    torch.testing.assert_close(losses["d"], -rho_q.log().mean() - (1 - rho_p).log().mean())
-    torch.testing.assert_close(losses["g"], -rho_p.log().mean())
+    torch.testing.assert_close(losses["d"], F.softplus(-rho_q).mean() + F.softplus(rho_p).mean())
+    torch.testing.assert_close(losses["g"], F.softplus(-rho_p).mean())
     nll = -torch.distributions.Normal(mu, (log_var / 2).exp()).log_prob(z).sum(1)
-    torch.testing.assert_close(losses["e"], nll.mean() / 2)         # lambda = 1/d
+    torch.testing.assert_close(losses["e"], nll.mean() / net.config.latent)
 
 
 def test_aim_learning_rate_is_alpha_over_root_epoch():
@@ -3005,6 +3242,27 @@ def test_bad_aim_checkpoints_end_in_one_sentence(tmp_path, capsys):
     ends("another shape", state | {"config": state["config"] | {"width": 16}})
 
 
+@pytest.mark.parametrize("model", ["ali", "alice", "alice-adv"])
+def test_alis_losses_are_written_out(model):
+    net, x, z = aim_small(model, std=.3, lam=0. if model == "ali" else .7, k=1.)
+    torch.manual_seed(5)
+    got = net.losses(x, z)
+    torch.manual_seed(5)
+    mu, log_var = net.E(x)
+    z_hat = mu + (log_var / 2).exp() * torch.randn_like(mu)
+    x_hat, p, q = net.G(z_hat), net.D(x, z_hat).sigmoid(), net.D(net.G(z), z).sigmoid()
+    want = {"d": -p.log().mean() - (1 - q).log().mean(), "g": -(1 - p).log().mean() - q.log().mean()}
+    if model == "alice":
+        want["e"] = .7 * (x - x_hat).abs().mean()
+    if model == "alice-adv":
+        same, cycle = (net.pairs(torch.cat([x, y], 1)).sigmoid() for y in (x, x_hat))
+        want["d"] = want["d"] - .7 * (same.log().mean() + (1 - cycle).log().mean())
+        want["e"] = -.7 * cycle.log().mean()
+    assert got.keys() == want.keys()
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-5)
+
+
 # ======================================================================================================================
 # latentmap.py: without prior distribution matching (uses cli, weights, moved and the fixture `pictures` of the parts above)
 # ======================================================================================================================
@@ -3072,8 +3330,9 @@ def test_eq_12_and_13_are_the_hinge():
 
 def test_x_mu_lies_nearer_to_the_item_itself():
     code, = lm_vectors(5, 3)
-    mu = torch.tensor([[0.], [.1], [.25], [.4], [.5]])
+    mu = torch.tensor([0., .1, .25, .4, .5])
     got = latentmap.interpolate(code, mu)
+    assert torch.equal(got, latentmap.interpolate(code, mu[:, None]))
     for i in range(5):                                              # mu weights x_1, the partner in the reversed batch
         torch.testing.assert_close(got[i], mu[i] * code[4 - i] + (1 - mu[i]) * code[i])
     assert torch.equal(got[0], code[0])
@@ -3151,6 +3410,7 @@ def test_mmd_is_a_double_loop_and_unbiased():
     naive = sum(kernel(u[i], u[j]) for u in (a, b) for i in range(6) for j in range(6) if i != j) / 30
     naive -= 2 * sum(kernel(p, q) for p in a for q in b) / 36
     assert latentmap.mmd(a, b).item() == pytest.approx(naive, rel=1e-4)
+    assert latentmap.mmd(a[:4], b).item() == pytest.approx(ivgen.mmd_imq(a[:4], b).item(), rel=1e-6)    # 4 against 6
     generator = torch.Generator().manual_seed(0)
     draws = torch.stack([latentmap.mmd(*torch.randn(2, 10, 3, generator=generator)) for _ in range(2000)])
     error = draws.std() / 2000 ** .5
@@ -3851,6 +4111,173 @@ def test_a_checkpoint_inside_a_run_may_be_named(pictures, tmp_path):
     assert len(list((run / "drawn").glob("*.png"))) == 3
 
 
+def test_baselines_ask_for_their_papers_losses():
+    """What each optimiser is asked to lower, written out, with weights no two of which agree."""
+    square, kl = lambda a, b: (a - b).square().flatten(1).sum(1), latentmap.kl_normal
+    bce = lambda logit, target: F.binary_cross_entropy_with_logits(logit, torch.full_like(logit, target))
+
+    def asks(model, naive, **changes):
+        net, x = lm_small(model, **changes)
+        got = lm_losses(net, x)
+        torch.manual_seed(7)
+        for name, value in naive(net, x).items():
+            assert got[name] == pytest.approx(value.item(), rel=1e-4), (model, name)
+
+    def vae(net, x):
+        mu, log_var = net.posterior(x)
+        return {"AE": (1.5 * square(x, net.G(mu + (log_var / 2).exp() * torch.randn_like(mu))) + kl(mu, log_var)).mean()}
+
+    def wae(net, x):
+        code = net.E(x)
+        return {"AE": .05 * square(x, net.G(code)).mean() + 3 * latentmap.mmd(code, torch.randn(12, 2))}
+
+    def aae(net, x):
+        z, code = torch.randn(12, 2), net.E(x)
+        return {"AE": F.mse_loss(net.G(code), x), "D": bce(net.D(z), 1.) + bce(net.D(code), 0.), "E": bce(net.D(code), 1.)}
+
+    def introvae(net, x):
+        mu, log_var = net.posterior(x)
+        rec = net.G(mu + (log_var / 2).exp() * torch.randn_like(mu))
+        k, error = [kl(*net.posterior(y)) for y in (x, rec, net.G(torch.randn(12, 2)))], square(x, rec) / 2
+        return {"E": (k[0] + .3 * (F.relu(2 - k[1]) + F.relu(2 - k[2])) + 3 * error).mean(),
+                "G": (.3 * (k[1] + k[2]) + 3 * error).mean()}
+
+    def age(net, x):
+        real, fake = net.code(x), net.code(net.G(net.prior(12)))
+        return {"E": latentmap.kl_fit(real) - latentmap.kl_fit(fake) + 3 * (x - net.G(real)).abs().mean()}
+
+    def alae(net, x):
+        x = x.clone().requires_grad_()
+        made, real = net.G(net.F(torch.randn(12, 2))), net.D(net.E(x))
+        r1 = torch.autograd.grad(real.sum(), x, retain_graph=True)[0].square().sum(1).mean()
+        again = net.D(net.E(net.G(net.F(torch.randn(12, 2)))))
+        return {"ED": bce(real, 1.) + bce(net.D(net.E(made)), 0.) + 3e4 * r1, "FG": bce(again, 1.)}
+
+    asks("vae", vae, beta=3.)
+    asks("wae", wae, wae_lam=3.)
+    asks("aae", aae)
+    asks("introvae", introvae, alpha=.3, beta=3., margin=2.)
+    asks("age", age, age_mu=3., age_lam=7.)
+    asks("alae", alae, r1=6e4)
+
+
+@pytest.mark.parametrize("recon", ["l2", "l1"])
+def test_eq_10s_gradient_comes_through_d(recon):
+    net, x = lm_small(omega1=.7, omega2=1.3, critic_steps=0, recon=recon)
+    params, got = [*net.E.parameters(), *net.G.parameters()], {}
+    net.d.eval()                                                    # the spectral norm's estimate stays
+    net.update = lambda name, loss: got.update({name: torch.autograd.grad(loss, params, retain_graph=True)})
+    torch.manual_seed(7)
+    net.step(x)
+    torch.manual_seed(7)
+    code = F.batch_norm(net.E(x), None, None, training=True)
+    mu, x_hat = torch.rand(12, 1) / 2, net.G(code)
+    distance = (x - x_hat).square().mean() if recon == "l2" else (x - x_hat).abs().mean()
+    x_mu = net.G(mu * code.flip(0) + (1 - mu) * code)
+    loss = distance + .7 * net.d(x_mu).square().mean() + 1.3 * net.d(x_hat).square().mean()
+    for a, b in zip(got["AE"], torch.autograd.grad(loss, params)):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+
+
+def test_sphere_prior_is_what_training_draws_and_a_vaes_latent_fd_is_of_draws():
+    net, _ = lm_small(prior="sphere")
+    torch.testing.assert_close(net.prior(5).norm(dim=1), torch.full((5,), 2 ** .5))
+    net, _ = lm_small("vae")
+    x = torch.randn(200, 2)
+    net.encode, net.prior = lambda x: x, lambda n, seed: x[:n]
+    net.latents = net.generated_codes = lambda x: x + 3
+    assert latentmap.code_metrics(net, x, 50)[0]["latent_fd"] == 0
+
+
+def test_introvaes_g_works_with_codes_and_draws_in_turn():
+    net, x = lm_small("introvae", "mnist", lr=0.)
+    twin, norm = copy.deepcopy(net), lambda n: next(m for m in n.G.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    torch.manual_seed(7)
+    net.step(x)
+    torch.manual_seed(7)
+    twin.G(twin.draw(*twin.posterior(x)))
+    twin.G(twin.prior(len(x)))
+    torch.testing.assert_close(norm(net).running_mean, norm(twin).running_mean)
+
+
+@pytest.mark.parametrize("module, flags", [
+    (ivgen, ()), (ivgen, ("--model", "ivaae-rad", "--size", 64)), (aim, ()), (latentmap, ())])
+def test_evaluations_do_not_change_the_training(module, flags, pictures, tmp_path):
+    ends = []
+    args = quick(pictures, tmp_path, *flags) if module is ivgen else (aim_quick if module is aim else lm_quick)(tmp_path)
+    for every in (2, 6):
+        run = tmp_path / f"run{every}"
+        assert cli(module, *args, "--steps", 6, "--eval-every", every, "--out", run) == 0
+        ends.append(torch.load(run / "last.pt", weights_only=True))
+    assert torch.equal(ends[0]["rng"][0][0], ends[1]["rng"][0][0])
+    assert all(torch.equal(v, ends[1]["weights"][k]) for k, v in ends[0]["weights"].items() if torch.is_tensor(v))
+
+
+@pytest.mark.parametrize("module, args, model", [
+    (aim, aim_quick, "aim"), (aim, aim_quick, "gan"), (latentmap, lm_quick, "vae"), (ivgen, None, "wae-mmd")])
+def test_what_an_evaluation_finds_first_ends_the_run_too(module, args, model, pictures, tmp_path, capsys):
+    """Losses and weights may be finite where what is generated or encoded is not: exit code 3, and the file stays JSON."""
+    run = tmp_path / "run"
+    args = args(tmp_path) if args else quick(pictures, tmp_path, "--size", 64)
+    assert cli(module, *args, "--model", model, "--steps", 4, "--eval-every", 1, "--lr", 1e12, "--out", run) == 3
+    err = capsys.readouterr().err
+    assert "Traceback" not in err and err.count("last good checkpoint") == 1 and "step" in err
+    strict = {"parse_constant": lambda word: pytest.fail(f"{word} is no JSON")}
+    assert all(json.loads(line, **strict) for line in (run / "log.jsonl").read_text().splitlines())
+    kept = torch.load(run / "last.pt", weights_only=True)["weights"].values()
+    assert all(p.isfinite().all() for p in kept if torch.is_tensor(p))
+
+
+def test_too_large_a_model_is_a_sentence(tmp_path, capsys):
+    assert cli(aim, *aim_quick(tmp_path, "--latent", 10 ** 11)) == 2
+    assert "out of memory; try a smaller" in capsys.readouterr().err
+    assert cli(aim, *aim_quick(tmp_path, "--device", "meta")) == 2
+    assert "--device meta cannot be used here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", [ivgen, aim, latentmap])
+def test_a_length_in_epochs(module):
+    batches = types.SimpleNamespace(steps_per_epoch=7)
+    flags = dict.fromkeys(f.name for f in dataclasses.fields(module.Config)) | {"dataset": "digits", "epochs": 2.5}
+    config = module.settings(flags, None, module.preset)            # its preset is in steps
+    module.set_length(config, batches, None)
+    assert (config.steps, config.steps_per_epoch) == (18, 7)
+    module.set_length(config, batches, {"step": 30})
+    assert config.steps == 30
+
+
+def test_bench_counts_one_steps_operations():
+    w = torch.rand(1000, 500)
+    model = types.SimpleNamespace(step=lambda x: x @ w)
+    assert ivgen.benchmark(model, torch.rand(10, 1000), 1)["gflop_per_step"] == 2 * 10 * 1000 * 500 / 1e9
+
+
+@pytest.mark.parametrize("module", [ivgen, aim, latentmap])
+@pytest.mark.parametrize("best, kept", [(None, [1, 2, 4]), (1.5, [2, 4]), (.5, [])])
+def test_best_is_the_least_score(module, best, kept):
+    saved, scores = [], iter((3., 1., 2., 1.))
+    nothing = dict.fromkeys(("start_clock", "add", "log", "status", "say"), lambda *_, **__: None)
+    run = types.SimpleNamespace(save=lambda name, file, model, step, *_: saved.append((name, step)), flush=dict,
+                                images_per_s=lambda *_: 0., interrupted=lambda step: False, **nothing)
+    batches = type("B", (), {"steps_per_epoch": 2, "__next__": lambda self: (None, None)})()
+    model = types.SimpleNamespace(step=lambda x: {}, named_parameters=lambda: [])
+    module.loop(module.Config(steps=4, eval_every=1), module.Machine(), model, batches, run, 0, best,
+                lambda step, epoch: {"mse": next(scores)})
+    assert [step for name, step in saved if name == "best.pt"] == kept
+    assert aim.score_of({"modes": 25, "high_quality": .8}) < aim.score_of({"modes": 25, "high_quality": .7}) < aim.score_of(
+        {"modes": 24, "high_quality": .9})
+
+
+@pytest.mark.parametrize("module, args", [(aim, aim_quick), (latentmap, lm_quick)])
+def test_a_resumed_run_remembers_its_best(module, args, tmp_path):
+    run = tmp_path / "run"
+    assert cli(module, *args(tmp_path, "--steps", 4, "--eval-every", 4, "--out", run)) == 0
+    torch.save(torch.load(run / "last.pt", weights_only=True) | {"best": -1e9}, run / "last.pt")
+    (run / "best.pt").unlink()
+    assert cli(module, "--resume", run, "--steps", 8, "--device", "cpu") == 0
+    assert not (run / "best.pt").exists() and torch.load(run / "last.pt", weights_only=True)["best"] == -1e9
+
+
 # ======================================================================================================================
 # The house
 # ======================================================================================================================
@@ -3894,6 +4321,58 @@ def test_compiled_networks_train_as_plain_ones(module, model, kind, monkeypatch)
 
 EVERY_MODEL = [(ivgen, m, "images") for m in (*ivgen.MODELS, *ivgen.IVAAE_MODELS)] + [
     (module, m, kind) for module in (aim, latentmap) for m in module.MODELS for kind in ("images", "points")]
+
+
+@pytest.mark.parametrize("module, model, kind", EVERY_MODEL)
+def test_a_preset_alone_makes_a_model_that_trains(module, model, kind):
+    """As source to copy from: build, step, losses as plain numbers; what `train` would set from the data has a default."""
+    dataset = "mnist" if kind == "images" else next(iter(module.POINT_SETS))
+    config = dataclasses.replace(module.preset(model, dataset), width=4, batch=8)
+    if module is ivgen:
+        config.size, config.network = 32, "fc"
+    net = module.build(config)
+    shape = (8, 1, config.size, config.size) if kind == "images" else (8, 2)
+    before = weights(net.E if getattr(net, "E", None) is not None else net.G)
+    for _ in range(config.critic_steps if module is ivgen and not config.bridge else 1):
+        losses = net.step(torch.rand(shape) * 2 - 1)
+    assert losses and not any(value.requires_grad for value in losses.values())
+    assert moved(before, net.E if getattr(net, "E", None) is not None else net.G)
+    assert net.sample(3).shape == (3, *shape[1:])
+    for name, rate in (("learning_rate", config.lr), ("lr", None)):
+        if hasattr(net, name) and rate:
+            net.iteration = 500                                     # the epoch is unknown: still the first
+            assert getattr(net, name)() == rate
+
+
+@pytest.mark.parametrize("module, model, kind", EVERY_MODEL)
+def test_optimisers_hold_every_weight_at_its_rate(module, model, kind):
+    net, _ = any_model(module, model, kind)
+    c, held = net.config, {id(p) for o in net.optimisers.values() for g in o.param_groups for p in g["params"]}
+    assert held == {id(p) for p in net.parameters() if p.requires_grad}
+    for name, optimiser in net.optimisers.items():
+        rates = {"E": c.lr_e, "D": c.lr_d if c.bridge else c.lr} if module is ivgen else {}
+        assert type(optimiser) is (torch.optim.RMSprop if model == "wgan" else torch.optim.Adam)
+        for group in optimiser.param_groups:
+            assert group["lr"] == rates.get(name, c.lr) and group.get("betas", (c.beta1, c.beta2)) == (c.beta1, c.beta2)
+
+
+def test_generators_end_in_a_nonlinearity_that_keeps_minus_1_to_1():
+    for g in (ivgen.Generator(8, 1, 32, 4), ivgen.CodeGenerator("fc", 8, 1, 8, 4), ivgen.CodeGenerator("conv", 8, 1, 64, 2),
+              aim.Generator(28, 8, 1, 4), aim.Generator(64, 8, 1, 4),
+              latentmap.Decoder(32, 8, 1, 4), latentmap.Decoder(64, 8, 1, 2)):
+        last = [m for m in g.modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d, torch.nn.ConvTranspose2d))][-1]
+        last.weight.data *= 1e3                                     # at its initial weights every output is small anyway
+        assert .99 < g(torch.randn(16, 8)).abs().max() <= 1
+    nets = (ivgen.Discriminator(1, 32, 4), ivgen.Encoder(8, 1, 32, 4))
+    assert {m.negative_slope for n in nets for m in n.modules() if isinstance(m, torch.nn.LeakyReLU)} == {.2}
+    kinds = lambda net: [type(m).__name__ for m in net if not isinstance(m, torch.nn.modules.conv._ConvNd)]
+    assert kinds(ivgen.CodeEncoder("conv", 8, 1, 64, 2)) == ["BatchNorm2d", "ReLU"] * 4 + ["Flatten", "Linear"]
+    assert kinds(ivgen.CodeGenerator("conv", 8, 1, 64, 2)) == ["Linear", "Unflatten"] + ["BatchNorm2d", "ReLU"] * 3 + ["Tanh"]
+    assert kinds(ivgen.CodeDiscriminator("fc", 8, 2, 4)) == ["Linear", "ReLU"] * 2 + ["Linear"]
+    assert sum(isinstance(m, torch.nn.Linear) for m in aim.Generator(0, 2, 2, 8)) == 5
+    for net in (ivgen.Generator(100, 3, 64, 64), ivgen.Encoder(100, 3, 64, 64)):        # DCGAN's initial weights in all three
+        weight = [m for m in net.modules() if isinstance(m, torch.nn.modules.conv._ConvNd)][1].weight
+        assert abs(weight.std() - .02) < 1e-3
 
 
 @pytest.mark.parametrize("module, model, kind", EVERY_MODEL)
