@@ -97,8 +97,8 @@ Run it.  python ivgen.py                                      IVLSGAN on drawn d
          python ivgen.py --dataset stacked-mnist              modes and KL of Table 3
          python ivgen.py --dataset mnist --model ivaae-rad    Part II: also ivaae-bw, ivaae-svgd, aae, wae-mmd; 300 epochs
          python ivgen.py --resume RUN --probe discriminator   its Figs. 2 and 3; `--probe classifier`: Fig. 5
-What to expect: of `python ivgen.py`, on two CPU cores, digits a person reads after four minutes, fcd about .7, reconstructions at
-an MSE of about .02 (pixels in [0, 1]). README.md has the command and the protocol of each number.
+What to expect: of `python ivgen.py`, on two CPU cores, digits a person reads after four minutes, fcd about .7, and
+reconstructions at an MSE of about .02 (pixels in [0, 1]). README.md has the command and the protocol of each number.
 """
 
 import argparse

@@ -73,8 +73,8 @@ Run it.  python latentmap.py                                        the Swiss ro
          python latentmap.py --model vae                            ... and its baselines: vae, aae, alae, wae, introvae, age
          python latentmap.py --dataset mnist --model latentmap-nobn Fig. 6: rows latentmap-nobn, latentmap-noreg, latentmap
          python latentmap.py --dataset celeba                       Table 1: 64 x 64, 25 epochs
-What to expect: of `python latentmap.py`, in minutes on two CPU cores, samples .02 off the spiral on average and all of it covered,
-reconstructions at an MSE of .0004. README.md has the command and the protocol of each number.
+What to expect: of `python latentmap.py`, in minutes on two CPU cores, samples on average .02 off the spiral and all over
+it, reconstructions at an MSE of .0004. README.md has the command and the protocol of each number.
 """
 
 import argparse
