@@ -1383,6 +1383,7 @@ def versions():
 def compile_networks(model):
     """torch.compile, in place, of each network: state-dict keys stay what they were."""
     torch._functorch.config.donated_buffer = False          # one forward is differentiated for several losses: keep it
+    torch._dynamo.config.recompile_limit = 64               # of all networks in all their modes together; 8 are too few
     for network in model.children():
         network.compile()
 
@@ -1578,7 +1579,8 @@ def evaluate(model, evaluator, run, step, epoch, x, config, train_set):
     began, latent = time.time(), {}
     if not config.bridge and model.E is not None:
         batches = ordered(train_set, 50 * config.batch, config.batch, model.machine.device, config.size)
-        with model.machine.autocast():                              # D12: E's running BN statistics, of its present weights
+        # D12: E's running BN statistics, of its present weights
+        with model.machine.autocast(), torch.compiler.set_stance("force_eager"):
             torch.optim.swa_utils.update_bn((x.to(memory_format=torch.channels_last) for x, _ in batches
                                              if len(x) == config.batch), model.E)
     if config.bridge:

@@ -1371,6 +1371,7 @@ def versions():
 def compile_networks(model):
     """torch.compile, in place, of each network: state-dict keys stay what they were."""
     torch._functorch.config.donated_buffer = False          # one forward is differentiated for several losses: keep it
+    torch._dynamo.config.recompile_limit = 64               # of all networks in all their modes together; 8 are too few
     for network in model.children():
         network.compile()
 

@@ -820,6 +820,7 @@ def test_frechet_distance_refuses_what_it_cannot_be_computed_from():
         metrics.frechet_distance(mu, cov, torch.zeros(4), torch.eye(4))
     with pytest.raises(ValueError, match="finite"):
         metrics.frechet_distance(mu, cov, mu, cov * math.nan)
+    assert metrics.frechet_distance(0., 4., 3., 1.) == pytest.approx(9 + 1)     # of one number, as np.cov gives it
     for pair in ((cov, -cov), (-cov, cov), (-cov, torch.diag(torch.tensor([1., 1., 0.])))):
         with pytest.raises(ValueError, match="semidefinite"):
             metrics.frechet_distance(mu, pair[0], mu, pair[1])
