@@ -523,7 +523,7 @@ class AIM(nn.Module):
     def neighbours(self, x, m):
         """Algorithm 2: m images near each of x, from codes drawn from its posterior. (n, ...) -> (n, m, ...)."""
         mu, sigma = self.posterior(x)
-        z = torch.normal(mu[:, None].expand(-1, m, -1), sigma[:, None].expand(-1, m, -1))     # (n, m, d)
+        z = mu[:, None] + sigma[:, None] * torch.randn(len(mu), m, mu.shape[1], device=mu.device)      # (n, m, d)
         return self.decode(z.flatten(0, 1)).unflatten(0, (len(x), m))
 
 
@@ -665,7 +665,7 @@ class UserError(ValueError):
 
 
 class NotFinite(ArithmeticError):
-    """A loss became NaN or infinite: ends the run with the step and the term named and exit code 3."""
+    """A loss, a weight or a metric became NaN or infinite: ends the run with the step and its name and exit code 3."""
 
 
 class Interrupted(Exception):
@@ -1052,7 +1052,7 @@ def versions():
 def compile_networks(model):
     """torch.compile, in place, of each network: state-dict keys stay what they were."""
     torch._functorch.config.donated_buffer = False          # one forward is differentiated for several losses: keep it
-    torch._dynamo.config.recompile_limit = 64               # of all networks in all their modes together; 8 are too few
+    torch._dynamo.config.cache_size_limit = 64              # of all networks in all their modes together; 8 are too few
     for network in model.children():
         network.compile()
 
@@ -1178,9 +1178,7 @@ def loop(config, machine, model, batches, run, start, best, evaluate):
             if machine.rank == 0:
                 try:
                     metrics = evaluate(step, epoch)
-                except NotFinite:
-                    raise
-                except ArithmeticError as error:                    # what is generated or encoded overflows
+                except FloatingPointError as error:                    # what is generated or encoded overflows
                     raise NotFinite(f"step {step}: {error}; the last good checkpoint is {run.folder / 'last.pt'}") from None
                 run.say(step, metrics)
             machine.barrier()
@@ -1197,8 +1195,8 @@ def loop(config, machine, model, batches, run, start, best, evaluate):
 
 
 def run_cli(main):
-    """Calls `main()` and turns what can go wrong into a sentence and an exit code: 2 for a user's mistake, 3 for a loss
-    that is not finite. Anything else is a defect of ours and keeps its traceback."""
+    """Calls `main()` and turns what can go wrong into a sentence and an exit code: 2 for what the user can mend (memory
+    included), 3 for a number that is not finite. Anything else is a defect of ours and keeps its traceback."""
     try:
         return main()
     except ValueError as error:
@@ -1212,7 +1210,7 @@ def run_cli(main):
         print(f"{pathlib.Path(sys.argv[0]).name}: put {error.name}.py beside it, which training needs", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        if "allocate memory" not in str(error) and not isinstance(error, torch.cuda.OutOfMemoryError):
+        if "allocate memory" not in str(error) and "out of memory" not in str(error):
             raise
         print(f"{pathlib.Path(sys.argv[0]).name}: out of memory; try a smaller --batch, --width, --latent or --size",
               file=sys.stderr)

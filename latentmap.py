@@ -468,7 +468,7 @@ def reciprocity_loss(w, w_hat):
 
 
 def draw_prior(n, dim, kind, generator=None, device=None):
-    """z (n, dim): N(0, I) ("gaussian"), or uniform on the sphere of radius sqrt(dim) ("sphere"; D4)."""
+    """z (n, dim): N(0, I) ("gauss"), or uniform on the sphere of radius sqrt(dim) ("sphere"; D4)."""
     z = torch.randn(n, dim, generator=generator, device=device)
     return project(z) if kind == "sphere" else z
 
@@ -920,9 +920,9 @@ def save_panels(path, panels):
 
 def code_panels(code, made, y, classes):
     """Figs. 3 and 5: {title: picture} of codes (n, dim) by label and of generated codes (m, dim), on the codes' first two
-    principal components where there are more than two. {} for a one-dimensional code."""
+    principal components where there are more than two. {} for a one-dimensional code, or one that is not finite."""
     code, made = code.cpu().double(), made.cpu().double()
-    if code.shape[1] < 2:
+    if code.shape[1] < 2 or not code.isfinite().all():              # of these the metrics will say it
         return {}
     if code.shape[1] > 2:
         axes = torch.linalg.eigh(torch.cov(code.T)).eigenvectors[:, -2:].flip(1)    # (dim, 2)
@@ -984,7 +984,7 @@ class UserError(ValueError):
 
 
 class NotFinite(ArithmeticError):
-    """A loss became NaN or infinite: ends the run with the step and the term named and exit code 3."""
+    """A loss, a weight or a metric became NaN or infinite: ends the run with the step and its name and exit code 3."""
 
 
 class Interrupted(Exception):
@@ -1371,7 +1371,7 @@ def versions():
 def compile_networks(model):
     """torch.compile, in place, of each network: state-dict keys stay what they were."""
     torch._functorch.config.donated_buffer = False          # one forward is differentiated for several losses: keep it
-    torch._dynamo.config.recompile_limit = 64               # of all networks in all their modes together; 8 are too few
+    torch._dynamo.config.cache_size_limit = 64              # of all networks in all their modes together; 8 are too few
     for network in model.children():
         network.compile()
 
@@ -1497,9 +1497,7 @@ def loop(config, machine, model, batches, run, start, best, evaluate):
             if machine.rank == 0:
                 try:
                     metrics = evaluate(step, epoch)
-                except NotFinite:
-                    raise
-                except ArithmeticError as error:                    # what is generated or encoded overflows
+                except FloatingPointError as error:                    # what is generated or encoded overflows
                     raise NotFinite(f"step {step}: {error}; the last good checkpoint is {run.folder / 'last.pt'}") from None
                 run.say(step, metrics)
             machine.barrier()
@@ -1516,8 +1514,8 @@ def loop(config, machine, model, batches, run, start, best, evaluate):
 
 
 def run_cli(main):
-    """Calls `main()` and turns what can go wrong into a sentence and an exit code: 2 for a user's mistake, 3 for a loss
-    that is not finite. Anything else is a defect of ours and keeps its traceback."""
+    """Calls `main()` and turns what can go wrong into a sentence and an exit code: 2 for what the user can mend (memory
+    included), 3 for a number that is not finite. Anything else is a defect of ours and keeps its traceback."""
     try:
         return main()
     except ValueError as error:
@@ -1531,7 +1529,7 @@ def run_cli(main):
         print(f"{pathlib.Path(sys.argv[0]).name}: put {error.name}.py beside it, which training needs", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        if "allocate memory" not in str(error) and not isinstance(error, torch.cuda.OutOfMemoryError):
+        if "allocate memory" not in str(error) and "out of memory" not in str(error):
             raise
         print(f"{pathlib.Path(sys.argv[0]).name}: out of memory; try a smaller --batch, --width, --latent or --size",
               file=sys.stderr)

@@ -70,7 +70,7 @@ class UserError(ValueError):
     """What a user can cause and mend: the command line prints it as one sentence and exits with code 2."""
 
 
-class NotFinite(ValueError, ArithmeticError):
+class NotFinite(ValueError, FloatingPointError):
     """NaN or infinity where a statistic was asked for: of a training run that it has diverged."""
 
 
@@ -579,9 +579,10 @@ def real_statistics(dataset, n, size, extract, root="data", batch=250, label=Non
 def frechet_distance(mu1, cov1, mu2, cov2):
     """Squared Frechet (Wasserstein-2) distance of two Gaussians: |mu1-mu2|^2 + Tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)).
 
-    Means (d,), covariances (d, d), symmetric, positive semidefinite, of any rank. Computed in float64; returns a float
-    that is never negative and never NaN, and 0.0 for equal inputs. ValueError for mismatched dimensions and non-finite
-    values. Source: Dowson and Landau 1982; Heusel et al. 2017, arXiv:1706.08500. Bias for few samples: see the top.
+    Means (d,), covariances (d, d), symmetric, positive semidefinite, of any rank; in one dimension plain numbers will do.
+    Computed in float64; returns a float that is never negative and never NaN, and 0.0 for equal inputs. ValueError for
+    mismatched dimensions, values that are not finite, and covariances with clearly negative eigenvalues.
+    Source: Dowson and Landau 1982; Heusel et al. 2017, arXiv:1706.08500. Bias for few samples: see the top.
     """
     mu1, cov1, mu2, cov2 = (torch.as_tensor(t).detach().double() for t in (mu1, cov1, mu2, cov2))
     mu1, cov1, mu2, cov2 = (f(t) for f, t in zip([torch.atleast_1d, torch.atleast_2d] * 2, (mu1, cov1, mu2, cov2)))

@@ -723,6 +723,7 @@ def test_the_genuine_mnist():
     assert train.y.bincount().tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
     assert abs(train.x.float().mean().item() / 255 - 0.1307) < 1e-4  # the mean that every MNIST example prints
 
+
 def test_seeds_do_not_share_epochs():
     a, b = data.Batches(counted(60), 60, seed=0), data.Batches(counted(60), 60, seed=1)
     orders = [indices(next(s)[0]).tolist() for s in (a, a, b, b)]
@@ -2194,6 +2195,14 @@ def test_a_term_without_weight_is_not_computed(off, missing):
     losses, before = model.step(x), weights(model)
     full, _ = small("ivlsgan")
     assert missing == set(full.step(x)) - set(losses) and all(torch.isfinite(p).all() for p in before)
+
+
+def test_e_without_anything_to_descend_rests():
+    model, x = small("ivlsgan", e_sign="code", mu=0., mu_e=0.)      # G still reconstructs: lam
+    before = weights(model.E)
+    assert {"g_adv", "rec_x", "rec_z"} <= set(model.step(x)) and not moved(before, model.E)
+    model, x = small("mrgan", mu=0., lam=0., mu_e=0., lam_e=0.)     # DCGAN again
+    assert set(model.step(x)) == {"d_adv", "g_adv"} and model.E is None
 
 
 def test_a_weight_that_is_not_finite_ends_the_run(tmp_path, capsys):
@@ -4215,11 +4224,13 @@ def test_evaluations_do_not_change_the_training(module, flags, pictures, tmp_pat
 
 
 @pytest.mark.parametrize("module, args, model", [
-    (aim, aim_quick, "aim"), (aim, aim_quick, "gan"), (latentmap, lm_quick, "vae"), (ivgen, None, "wae-mmd")])
+    (aim, aim_quick, "aim"), (aim, aim_quick, "gan"), (aim, None, "aim"), (latentmap, lm_quick, "vae"),
+    (latentmap, None, "vae"), (ivgen, None, "wae-mmd")])
 def test_what_an_evaluation_finds_first_ends_the_run_too(module, args, model, pictures, tmp_path, capsys):
     """Losses and weights may be finite where what is generated or encoded is not: exit code 3, and the file stays JSON."""
     run = tmp_path / "run"
-    args = args(tmp_path) if args else quick(pictures, tmp_path, "--size", 64)
+    sizes = {ivgen: 64, aim: 28, latentmap: 32}
+    args = args(tmp_path) if args else quick(pictures, tmp_path, "--size", sizes[module])
     assert cli(module, *args, "--model", model, "--steps", 4, "--eval-every", 1, "--lr", 1e12, "--out", run) == 3
     err = capsys.readouterr().err
     assert "Traceback" not in err and err.count("last good checkpoint") == 1 and "step" in err
@@ -4230,7 +4241,7 @@ def test_what_an_evaluation_finds_first_ends_the_run_too(module, args, model, pi
 
 
 def test_too_large_a_model_is_a_sentence(tmp_path, capsys):
-    assert cli(aim, *aim_quick(tmp_path, "--latent", 10 ** 11)) == 2
+    assert cli(aim, *aim_quick(tmp_path, "--latent", 10 ** 14)) == 2
     assert "out of memory; try a smaller" in capsys.readouterr().err
     assert cli(aim, *aim_quick(tmp_path, "--device", "meta")) == 2
     assert "--device meta cannot be used here" in capsys.readouterr().err
