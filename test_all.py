@@ -4331,6 +4331,18 @@ def test_compiled_networks_train_as_plain_ones(module, model, kind, monkeypatch)
         assert not torch.is_tensor(a) or torch.equal(a, b), name
 
 
+def test_a_compiled_run_is_the_plain_one(pictures, tmp_path, monkeypatch):
+    """With its evaluations, whose other modes and sizes must not use up the compiler's patience (and end in eager steps)."""
+    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend="aot_eager"))
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_cache_limit_hit", True)
+    torch._dynamo.reset()
+    ends = []
+    for name, flags in (("plain", ()), ("compiled", ("--compile",))):
+        assert cli(ivgen, *quick(pictures, tmp_path, "--steps", 4, "--eval-every", 2, "--out", tmp_path / name, *flags)) == 0
+        ends.append(final_weights(tmp_path / name))
+    assert all(torch.equal(v, ends[1][k]) for k, v in ends[0].items() if torch.is_tensor(v)) and len(ends[0]) == len(ends[1])
+
+
 EVERY_MODEL = [(ivgen, m, "images") for m in (*ivgen.MODELS, *ivgen.IVAAE_MODELS)] + [
     (module, m, kind) for module in (aim, latentmap) for m in module.MODELS for kind in ("images", "points")]
 
