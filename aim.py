@@ -343,11 +343,11 @@ class Encoder(nn.Module):
         if size == 0:
             self.trunk, n = nn.Identity(), w // 2
         elif size == 28:
-            self.trunk, n = rows((conv, 2 * w, w, 4, 2, 1, True, "leaky"), slope=leak), 9 * w       # 576
+            self.trunk, n = rows((conv, 2 * w, w, 4, 2, 1, True, "leaky"), slope=leak), 9 * w               # 576
         else:
             self.trunk = rows((conv, 8 * w, 4 * w, 4, 2, 1, False, "leaky"), (conv, 4 * w, 4 * w, 4, 2, 1, True, "leaky"),
                               (conv, 4 * w, 2 * w, 2, 1, 1, True, "leaky"), (conv, 2 * w, w, 1, 1, 0, True, "leaky"),
-                              slope=leak)                   # 4 -> 2 -> 1 -> 2 -> 2
+                              slope=leak)                           # 4 -> 2 -> 1 -> 2 -> 2
             n = 4 * w                                               # 512
         if size:
             self.trunk = nn.Sequential(*self.trunk, nn.Flatten())
@@ -543,15 +543,15 @@ class ALI(AIM):
     def code_distribution(self, x):
         return self.E(x)
 
-    def cycle(self, z_hat):
-        """x^ = G(z), z ~ q(z|x), of which G's running BN statistics take no notice (D9)."""
-        norms = [module for module in self.G.modules() if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d))]
+    def apart(self, network, y):
+        """`network(y)`, of which the running BN statistics, with which `encode` and `decode` work, take no notice (D9)."""
+        norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
         for norm in norms:
             norm.momentum = 0.
-        x_hat = self.G(z_hat)
+        out = network(y)
         for norm in norms:
             norm.momentum = .1
-        return x_hat
+        return out
 
     def losses(self, x, z):
         """As AIM's: {"d": for D, "g": ALI's joint game for G and E, "e": lam times ALICE's cycle}."""
@@ -561,11 +561,11 @@ class ALI(AIM):
         real, fake = self.D(x, z_hat), self.D(x_tilde, z)
         losses = {"d": discriminator_loss(real, fake), "g": joint_loss(real, fake)}
         if self.lam and c.adversarial_cycle:
-            same, cycle = self.pairs(torch.cat([x, x], 1)), self.pairs(torch.cat([x, self.cycle(z_hat)], 1))
+            same, cycle = self.pairs(torch.cat([x, x], 1)), self.pairs(torch.cat([x, self.apart(self.G, z_hat)], 1))
             losses["d"] = losses["d"] + self.lam * discriminator_loss(same, cycle)
             losses["e"] = self.lam * generator_loss(cycle)
         elif self.lam:
-            losses["e"] = self.lam * cycle_loss(x, self.cycle(z_hat), c.k)
+            losses["e"] = self.lam * cycle_loss(x, self.apart(self.G, z_hat), c.k)
         return losses
 
 
@@ -848,17 +848,19 @@ class Run:
         values, means = torch.stack([value for _, _, value in self.losses]).tolist(), {}
         for (step, name, _), value in zip(self.losses, values):
             if not math.isfinite(value):
-                raise NotFinite(f"step {step}: the loss '{name}' is {value}; the last good checkpoint is "
-                                f"{self.folder / 'last.pt'}")
+                raise self.not_finite(step, f"the loss '{name}' is {value}")
             means.setdefault(name, []).append(value)
         self.losses = []
         return {name: round(sum(v) / len(v), 6) for name, v in means.items()}
+
+    def not_finite(self, step, what):
+        return NotFinite(f"step {step}: {what}; the last good checkpoint is {self.folder / 'last.pt'}")
 
     def log(self, step, **values):
         """One line of log.jsonl. Raises NotFinite for a number that JSON has no word for."""
         bad = next((name for name, v in values.items() if isinstance(v, float) and not math.isfinite(v)), None)
         if bad:
-            raise NotFinite(f"step {step}: '{bad}' is {values[bad]}; the last good checkpoint is {self.folder / 'last.pt'}")
+            raise self.not_finite(step, f"'{bad}' is {values[bad]}")
         if self.main:
             self.log_file.write(json.dumps({"step": step} | values) + "\n")
             self.log_file.flush()
@@ -1172,14 +1174,13 @@ def loop(config, machine, model, batches, run, start, best, evaluate):
         run.status(step, config.steps, text)
         bad = saved and next((name for name, p in model.named_parameters() if not p.isfinite().all()), None)
         if bad:                                                     # its last update: the losses have not shown it yet
-            raise NotFinite(f"step {step}: the weights '{bad}' are not finite; the last good checkpoint is "
-                            f"{run.folder / 'last.pt'}")
+            raise run.not_finite(step, f"the weights '{bad}' are not finite")
         if evaluated:
             if machine.rank == 0:
                 try:
                     metrics = evaluate(step, epoch)
-                except FloatingPointError as error:                    # what is generated or encoded overflows
-                    raise NotFinite(f"step {step}: {error}; the last good checkpoint is {run.folder / 'last.pt'}") from None
+                except FloatingPointError as error:                 # what is generated or encoded overflows
+                    raise run.not_finite(step, error) from None
                 run.say(step, metrics)
             machine.barrier()
             score = score_of(metrics)

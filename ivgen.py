@@ -581,21 +581,23 @@ class IVGAN(Coder):
         if prior:
             out["x_z"] = self.G(torch.randn(len(x), c.latent, device=x.device))
         if self.E is not None:
-            self.set_momentum(self.G, 0.)                                 # D12: running statistics are the prior's
             w = self.E(x).float()                                   # (B, C, S, S) -> (B, d)
             if c.lam or c.lam_e or c.mode_regularised:
-                out["x_w"] = self.G(w)                              # the reconstruction G(E(x))
+                out["x_w"] = self.apart(self.G, w)                  # the reconstruction G(E(x))
             if not c.mode_regularised:
                 out["w_i"], out["index"] = self.intervene(w)
-                out["x_i"] = self.G(out["w_i"])                     # x' = G(O_i(E(x)))
-            self.set_momentum(self.G, .1)
+                out["x_i"] = self.apart(self.G, out["w_i"])         # x' = G(O_i(E(x)))
         return out
 
-    def set_momentum(self, network, momentum):
-        """How far the running BN statistics, which `decode` and `encode` use, move towards those of each batch seen next."""
-        for module in network.modules():
-            if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
-                module.momentum = momentum
+    def apart(self, network, y):
+        """`network(y)`, of which the running BN statistics, with which `encode` and `decode` work, take no notice (D12)."""
+        norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        for norm in norms:
+            norm.momentum = 0.
+        out = network(y)
+        for norm in norms:
+            norm.momentum = .1
+        return out
 
     def step(self, x):
         """One iteration of Algorithm 1 on images x (B, C, S, S) in [-1, 1]. Returns its losses as scalars."""
@@ -652,9 +654,8 @@ class IVGAN(Coder):
             if c.mode_regularised and "x_w" in images:
                 losses["mode"] = fool = adversarial_loss_g("dcgan", self.D(self.noisy(images["x_w"]))[0])   # MRGAN (D9)
             elif "rec_x" in losses:
-                self.set_momentum(self.E, 0.)                                               # D12
-                losses["rec_z"] = reconstruction_loss(self.E(images["x_i"]), images["w_i"])  # Eq. (6), second term
-                self.set_momentum(self.E, .1)
+                w_hat = self.apart(self.E, images["x_i"])
+                losses["rec_z"] = reconstruction_loss(w_hat, images["w_i"])                 # Eq. (6), second term
                 recon = recon + losses["rec_z"]
             if "x_i" in images and (c.mu or c.mu_e):
                 losses["iv"] = fool = -classification_loss(self.D(images["x_i"])[1], images["index"])   # Eq. (3)
@@ -1179,17 +1180,19 @@ class Run:
         values, means = torch.stack([value for _, _, value in self.losses]).tolist(), {}
         for (step, name, _), value in zip(self.losses, values):
             if not math.isfinite(value):
-                raise NotFinite(f"step {step}: the loss '{name}' is {value}; the last good checkpoint is "
-                                f"{self.folder / 'last.pt'}")
+                raise self.not_finite(step, f"the loss '{name}' is {value}")
             means.setdefault(name, []).append(value)
         self.losses = []
         return {name: round(sum(v) / len(v), 6) for name, v in means.items()}
+
+    def not_finite(self, step, what):
+        return NotFinite(f"step {step}: {what}; the last good checkpoint is {self.folder / 'last.pt'}")
 
     def log(self, step, **values):
         """One line of log.jsonl. Raises NotFinite for a number that JSON has no word for."""
         bad = next((name for name, v in values.items() if isinstance(v, float) and not math.isfinite(v)), None)
         if bad:
-            raise NotFinite(f"step {step}: '{bad}' is {values[bad]}; the last good checkpoint is {self.folder / 'last.pt'}")
+            raise self.not_finite(step, f"'{bad}' is {values[bad]}")
         if self.main:
             self.log_file.write(json.dumps({"step": step} | values) + "\n")
             self.log_file.flush()
@@ -1503,14 +1506,13 @@ def loop(config, machine, model, batches, run, start, best, evaluate):
         run.status(step, config.steps, text)
         bad = saved and next((name for name, p in model.named_parameters() if not p.isfinite().all()), None)
         if bad:                                                     # its last update: the losses have not shown it yet
-            raise NotFinite(f"step {step}: the weights '{bad}' are not finite; the last good checkpoint is "
-                            f"{run.folder / 'last.pt'}")
+            raise run.not_finite(step, f"the weights '{bad}' are not finite")
         if evaluated:
             if machine.rank == 0:
                 try:
                     metrics = evaluate(step, epoch)
-                except FloatingPointError as error:                    # what is generated or encoded overflows
-                    raise NotFinite(f"step {step}: {error}; the last good checkpoint is {run.folder / 'last.pt'}") from None
+                except FloatingPointError as error:                 # what is generated or encoded overflows
+                    raise run.not_finite(step, error) from None
                 run.say(step, metrics)
             machine.barrier()
             score = score_of(metrics)

@@ -1167,17 +1167,19 @@ class Run:
         values, means = torch.stack([value for _, _, value in self.losses]).tolist(), {}
         for (step, name, _), value in zip(self.losses, values):
             if not math.isfinite(value):
-                raise NotFinite(f"step {step}: the loss '{name}' is {value}; the last good checkpoint is "
-                                f"{self.folder / 'last.pt'}")
+                raise self.not_finite(step, f"the loss '{name}' is {value}")
             means.setdefault(name, []).append(value)
         self.losses = []
         return {name: round(sum(v) / len(v), 6) for name, v in means.items()}
+
+    def not_finite(self, step, what):
+        return NotFinite(f"step {step}: {what}; the last good checkpoint is {self.folder / 'last.pt'}")
 
     def log(self, step, **values):
         """One line of log.jsonl. Raises NotFinite for a number that JSON has no word for."""
         bad = next((name for name, v in values.items() if isinstance(v, float) and not math.isfinite(v)), None)
         if bad:
-            raise NotFinite(f"step {step}: '{bad}' is {values[bad]}; the last good checkpoint is {self.folder / 'last.pt'}")
+            raise self.not_finite(step, f"'{bad}' is {values[bad]}")
         if self.main:
             self.log_file.write(json.dumps({"step": step} | values) + "\n")
             self.log_file.flush()
@@ -1491,14 +1493,13 @@ def loop(config, machine, model, batches, run, start, best, evaluate):
         run.status(step, config.steps, text)
         bad = saved and next((name for name, p in model.named_parameters() if not p.isfinite().all()), None)
         if bad:                                                     # its last update: the losses have not shown it yet
-            raise NotFinite(f"step {step}: the weights '{bad}' are not finite; the last good checkpoint is "
-                            f"{run.folder / 'last.pt'}")
+            raise run.not_finite(step, f"the weights '{bad}' are not finite")
         if evaluated:
             if machine.rank == 0:
                 try:
                     metrics = evaluate(step, epoch)
-                except FloatingPointError as error:                    # what is generated or encoded overflows
-                    raise NotFinite(f"step {step}: {error}; the last good checkpoint is {run.folder / 'last.pt'}") from None
+                except FloatingPointError as error:                 # what is generated or encoded overflows
+                    raise run.not_finite(step, error) from None
                 run.say(step, metrics)
             machine.barrier()
             score = score_of(metrics)
@@ -1725,7 +1726,7 @@ def main(argv=None):
     refuse(args, config, unused_flags(config))
     machine = Machine(args["device"], config.amp, config.seed)
     if args["bench"]:
-        config.map_from = 10 ** 9                                   # all of it in the first phase, the dearer one
+        config.map_from = None                                      # all of it in the first phase, the dearer one
         shape = [config.batch, config.channels] + ([config.size] * 2 if config.size else [])
         x = torch.rand(shape, device=machine.device) * 2 - 1
         print(json.dumps({"model": config.model, "size": config.size, "width": config.width, "device": str(machine.device),

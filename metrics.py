@@ -584,8 +584,8 @@ def frechet_distance(mu1, cov1, mu2, cov2):
     mismatched dimensions, values that are not finite, and covariances with clearly negative eigenvalues.
     Source: Dowson and Landau 1982; Heusel et al. 2017, arXiv:1706.08500. Bias for few samples: see the top.
     """
-    mu1, cov1, mu2, cov2 = (torch.as_tensor(t).detach().double() for t in (mu1, cov1, mu2, cov2))
-    mu1, cov1, mu2, cov2 = (f(t) for f, t in zip([torch.atleast_1d, torch.atleast_2d] * 2, (mu1, cov1, mu2, cov2)))
+    mu1, mu2 = (torch.atleast_1d(torch.as_tensor(mu).detach().double()) for mu in (mu1, mu2))
+    cov1, cov2 = (torch.atleast_2d(torch.as_tensor(cov).detach().double()) for cov in (cov1, cov2))
     d = mu1.numel()
     if mu1.shape != (d,) or mu2.shape != (d,) or cov1.shape != (d, d) or cov2.shape != (d, d):
         shapes = ", ".join(str(tuple(t.shape)) for t in (mu1, cov1, mu2, cov2))
