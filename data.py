@@ -222,12 +222,12 @@ def ordered(dataset: Dataset, n: int | None = None, batch: int = 250, device="cp
     """
     generator, total = torch.Generator().manual_seed(seed), len(dataset)
     if dataset.stacked:
-        index = torch.randint(total, (n or total, 3), generator=generator)
+        index = torch.randint(total, (total if n is None else n, 3), generator=generator)
     elif dataset.kind == "images" if dataset.y is None else bool((dataset.y[1:] >= dataset.y[:-1]).all()):
         index = torch.randperm(total, generator=generator)[:n]
     else:
         index = torch.arange(total)[:n]
-    for rows in index.split(batch):
+    for rows in index.split(batch) if len(index) else ():
         yield _take(dataset.x, dataset.y, rows.to(dataset.x.device), size, device)
 
 
@@ -453,7 +453,13 @@ def _lsun(root, size: int, split: str) -> Dataset:
         raise UserError(f"lsun-church has no {file}: unpack church_outdoor_{part}_lmdb.zip from "
                         f"http://dl.yf.io/lsun/scenes/ in {root}")
     # Read here and not by torchvision's LSUN, which leaves a pickle of the keys in the current folder.
-    env = lmdb.open(str(file.parent), readonly=True, lock=False, readahead=False, meminit=False)
+    damaged = UserError(f"{file} is damaged or was copied in part: unpack church_outdoor_{part}_lmdb.zip again")
+    try:
+        env = lmdb.open(str(file.parent), readonly=True, lock=False, readahead=False, meminit=False)
+    except lmdb.Error:
+        raise damaged from None
+    if file.stat().st_size < (env.info()["last_pgno"] + 1) * env.stat()["psize"]:
+        raise damaged  # lmdb maps the file: to read beyond its end would kill the process
 
     def read(key: bytes):
         with env.begin() as transaction:  # one for each picture: a transaction may not change threads
@@ -461,6 +467,8 @@ def _lsun(root, size: int, split: str) -> Dataset:
 
     with env.begin() as transaction:
         keys = list(transaction.cursor().iternext(keys=True, values=False))
+    if not keys:
+        raise damaged
     return Dataset("lsun-church", split, _pictures("lsun-church", split, file, keys, root, size, read=read), None, 0)
 
 
@@ -486,6 +494,8 @@ def _folder(folder: Path, root, size: int | None, split: str) -> Dataset:
     # Numbered as in the training split, whatever the test split has of them.
     names = sorted(set(found if base == train else _classes(train, find_pictures(train))))
     if unknown := sorted(set(found) - set(names)):
+        if "" in (unknown[0], names[0]):
+            raise UserError(f"one of {train} and {base} has a folder for each class, the other has none: the two must agree")
         raise UserError(f"{base / unknown[0]} has pictures, but {train / unknown[0]} has none: the two must agree")
     x, y = _pictures(folder.name, split, base, files, root, size), None
     if len(names) > 1:  # a single class says nothing, so it is no label
@@ -547,8 +557,8 @@ def _pictures(name: str, split: str, source: Path, items: list, root, size: int 
             status = os.stat(path)
         except OSError as error:  # a link to nothing, or an archive unpacked in part
             raise UserError(f"{path}, a picture of {name}, cannot be found ({error.strerror})") from None
-        stamp.update(f"\n{path} {status.st_size} {status.st_mtime_ns}".encode())
-    stamp, key = stamp.hexdigest(), hashlib.sha1(os.path.abspath(source).encode()).hexdigest()[:8]
+        stamp.update(os.fsencode(f"\n{path} {status.st_size} {status.st_mtime_ns}"))
+    stamp, key = stamp.hexdigest(), hashlib.sha1(os.fsencode(os.path.abspath(source))).hexdigest()[:8]
     path = cache_dir(root) / f"{name}-{split}-{size or 'native'}-{key}.pt"
     try:
         saved = torch.load(path, mmap=True, weights_only=True)
@@ -567,8 +577,10 @@ def _pictures(name: str, split: str, source: Path, items: list, root, size: int 
         torch.save({"stamp": stamp, "x": x}, unfinished)
         os.replace(unfinished, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        unfinished.unlink(missing_ok=True)
         print(f"{path} could not be written ({error}): it will be decoded again next time", file=sys.stderr)
+    finally:  # Ctrl-C leaves none behind either
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
     return x
 
 
@@ -668,6 +680,9 @@ def main(argv=None) -> int:
     parser.add_argument("--out", help="the sheet (default: NAME-SPLIT.png)")
     try:
         args = parser.parse_args(argv)
+        folder = Path(args.name).expanduser().resolve()
+        if args.name not in IMAGE_SETS + POINT_SETS and Path(args.out or "sheet.png").resolve().is_relative_to(folder):
+            raise UserError(f"the sheet would become one of the pictures in {folder}: give another --out")
         dataset = load(args.name, args.root, args.size, args.split)
         out = args.out or f"{dataset.name}-{dataset.split}.png"
         try:

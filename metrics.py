@@ -46,7 +46,7 @@ import sys
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 
 import torch
@@ -353,6 +353,11 @@ class InceptionFeatures:
 # ====================================================================================================================
 
 
+def as_tensor(x):
+    """A tensor or an array as it is; plain numbers and lists in float64, not rounded to torch's default."""
+    return torch.as_tensor(x, dtype=None if hasattr(x, "dtype") else torch.float64)
+
+
 def check_features(f, least=1):
     """Refuse what no statistic can be computed from: a wrong shape, too few rows, NaN or infinity (ValueError)."""
     if f.ndim != 2 or f.shape[1] == 0:
@@ -385,7 +390,7 @@ class Moments:
 
     def update(self, features):
         """Take in features (B, d). Returns self. Refuses non-finite values and another d with a ValueError."""
-        features = torch.as_tensor(features)
+        features = as_tensor(features)
         check_features(features)
         if features.shape[1] != len(self.mean):
             raise ValueError(f"these are statistics of {len(self.mean)} dimensions, not {features.shape[1]}")
@@ -438,9 +443,11 @@ class Moments:
     def of(cls, state):
         """From state(), or from the features (N, d) themselves."""
         if not isinstance(state, dict):
-            return cls(state.shape[-1]).update(state)
+            state = as_tensor(state)
+            check_features(state)
+            return cls(state.shape[1]).update(state)
         self = cls(0)
-        self.n, self.mean, self.scatter = state["n"], state["mean"], state["scatter"]
+        self.n, self.mean, self.scatter = state["n"], state["mean"].clone(), state["scatter"].clone()
         return self
 
     def distance(self, other):
@@ -490,8 +497,10 @@ def collect(batches, extractors, total, keep=(), label=None):
             got = out[extract.metric]
             got["moments"].update(features)
             for name, value in (("features", features), ("logits", logits)):
-                if (extract.metric, name) in keep:  # one allocation: a list and its concatenation would be two
-                    got.setdefault(name, torch.empty(total, value.shape[1]))[done : done + len(value)] = value
+                if (extract.metric, name) in keep:
+                    if name not in got:  # one allocation: a list and its concatenation would be two
+                        got[name] = torch.empty(total, value.shape[1])
+                    got[name][done : done + len(value)] = value
         done += len(images)
         if label:
             progress(label, done, total, began, len(images))
@@ -527,8 +536,10 @@ def save_atomic(content, path):
         torch.save(content, temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a missing folder as a RuntimeError
-        temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {error}") from error
+    finally:  # Ctrl-C leaves none behind either
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def cached(folder, kind, key, build):
@@ -584,25 +595,22 @@ def frechet_distance(mu1, cov1, mu2, cov2):
     mismatched dimensions, values that are not finite, and covariances with clearly negative eigenvalues.
     Source: Dowson and Landau 1982; Heusel et al. 2017, arXiv:1706.08500. Bias for few samples: see the top.
     """
-    mu1, mu2 = (torch.atleast_1d(torch.as_tensor(mu).detach().double()) for mu in (mu1, mu2))
-    cov1, cov2 = (torch.atleast_2d(torch.as_tensor(cov).detach().double()) for cov in (cov1, cov2))
+    mu1, mu2 = (torch.atleast_1d(as_tensor(mu).detach().double()) for mu in (mu1, mu2))
+    cov1, cov2 = (torch.atleast_2d(as_tensor(cov).detach().double()) for cov in (cov1, cov2))
     d = mu1.numel()
     if mu1.shape != (d,) or mu2.shape != (d,) or cov1.shape != (d, d) or cov2.shape != (d, d):
         shapes = ", ".join(str(tuple(t.shape)) for t in (mu1, cov1, mu2, cov2))
         raise ValueError(f"means must be (d,) and covariances (d, d) with one d, got {shapes}")
     if not all(torch.isfinite(t).all() for t in (mu1, cov1, mu2, cov2)):
         raise NotFinite("means and covariances must be finite, but some values are NaN or infinite")
+    for cov in (cov1, cov2):  # with a thousandth of its scale added a covariance has a Cholesky factor, whatever its rounding
+        slack = 1e-3 * cov.diagonal().abs().max() * torch.eye(d, dtype=cov.dtype, device=cov.device)
+        if cov.any() and torch.linalg.cholesky_ex(cov + slack).info:
+            raise ValueError("a covariance must be positive semidefinite, but one has negative eigenvalues")
     if torch.equal(mu1, mu2) and torch.equal(cov1, cov2):
         return 0.0  # exactly; rounding would leave some 1e-10
     traces = (cov1.trace() + cov2.trace()).item()
     return max(0.0, (mu1 - mu2).square().sum().item() + traces - 2 * trace_of_root(cov1, cov2))
-
-
-def nonnegative(values):
-    """Ascending eigenvalues of a covariance without the negative ones of rounding; ValueError if they are more than that."""
-    if values[0] < -1e-3 * values.abs().max():
-        raise ValueError("a covariance must be positive semidefinite, but one has negative eigenvalues")
-    return values.clamp(min=0)
 
 
 def trace_of_root(cov1, cov2):
@@ -617,11 +625,10 @@ def trace_of_root(cov1, cov2):
         factor, failed = torch.linalg.cholesky_ex(a)
         pivots = factor.diagonal().square()
         if not failed and pivots.min() > least * pivots.max():
-            return nonnegative(torch.linalg.eigvalsh(factor.T @ b @ factor)).sqrt().sum().item()
+            return torch.linalg.eigvalsh(factor.T @ b @ factor).clamp(min=0).sqrt().sum().item()
     factors = []
     for a in (cov1, cov2):
         values, vectors = torch.linalg.eigh(a)
-        values = nonnegative(values)
         kept = values > least * values[-1]
         factors.append(vectors[:, kept] * values[kept].sqrt())
     return nuclear_norm(factors[0].T @ factors[1])
@@ -634,7 +641,7 @@ def frechet_distance_features(f1, f2):
     Tr (cov1 cov2)^(1/2) is the nuclear norm of C1 C2' / sqrt((N1-1)(N2-1)), an N1 x N2 problem (Gram form): exact, and
     many times faster than d x d.
     """
-    f1, f2 = torch.as_tensor(f1), torch.as_tensor(f2)
+    f1, f2 = as_tensor(f1), as_tensor(f2)
     check_pair(f1, f2, 2)
     if max(len(f1), len(f2)) > f1.shape[1]:
         return Moments.of(f1).distance(Moments.of(f2))
@@ -668,7 +675,7 @@ def frechet_latent_distance(z):
     With s^2 the eigenvalues of the covariance S that is |mean|^2 + sum (s - 1)^2, which cannot come out negative.
     Source: the IVAAE paper, which uses 60,000 codes.
     """
-    z = torch.as_tensor(z).detach().double()
+    z = as_tensor(z).detach().double()
     check_features(z, 2)
     spread = torch.linalg.eigvalsh(torch.cov(z.T).view(z.shape[1], -1)).clamp(min=0).sqrt()     # of Sigma^1/2
     return (z.mean(0).square().sum() + (spread - 1).square().sum()).item()
@@ -680,7 +687,7 @@ def kernel_distance(f1, f2, subsets=100, size=1000, seed=2020):
     Features (N, d). Being unbiased it may come out negative. std has ddof 0. ValueError where a set has fewer than
     `size` rows. Source: Binkowski et al. 2018, arXiv:1801.01401 (100 subsets of 1,000).
     """
-    f1, f2 = torch.as_tensor(f1), torch.as_tensor(f2)
+    f1, f2 = as_tensor(f1), as_tensor(f2)
     check_pair(f1, f2, 2)
     if size < 2 or subsets < 1 or min(len(f1), len(f2)) < size:
         raise ValueError(f"cannot draw {subsets} subsets of {size} rows (at least 2) from {len(f1)} and {len(f2)} rows")
@@ -702,7 +709,7 @@ def inception_score(probs, splits=10):
     nine digits matter. ValueError for fewer rows than splits and for rows that are no distributions.
     Source: Salimans et al. 2016, arXiv:1606.03498.
     """
-    probs = torch.as_tensor(probs)
+    probs = as_tensor(probs)
     check_features(probs, 1)
     if splits < 1 or len(probs) < splits:
         raise ValueError(f"cannot divide {len(probs)} rows into {splits} splits")
@@ -722,15 +729,16 @@ def inception_score(probs, splits=10):
 def precision_recall(real, fake, k=3, chunk=1000):
     """(precision, recall): share of fake (real) rows inside the k-nearest-neighbour manifold of the real (fake) rows.
 
-    A set's manifold is the union of balls around its rows, each reaching to its k-th nearest neighbour, boundary
-    included; features (N, d), more than k rows each. Distances in float64, `chunk` rows at a time.
+    A set's manifold is the union of balls around its rows, each reaching to its k-th nearest neighbour, boundary (to
+    rounding) included; features (N, d), more than k rows each. Distances in float64, `chunk` rows at a time.
     Source: Kynkaanniemi et al. 2019, arXiv:1904.06991 (k = 3).
     """
-    real, fake = torch.as_tensor(real), torch.as_tensor(fake)
+    real, fake = as_tensor(real), as_tensor(fake)
     check_pair(real, fake, k + 1)
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
-    real, fake = real.detach().double(), fake.detach().double()
+    middle = real.detach().mean(0, dtype=torch.float64)  # cdist multiplies matrices: far from 0 that would cost digits
+    real, fake = real.detach() - middle, fake.detach() - middle
 
     def covered(points, centers):
         # k + 1: a row is its own nearest neighbour, at distance 0
@@ -747,14 +755,14 @@ def grid_modes(points, centers, std):
     High quality: within 3 std of the nearest mean, the edge (to rounding) included. A mode is reached if it is the
     nearest mean of at least one high-quality point. Source: the AIM paper, 2-D grid.
     """
-    points, centers = torch.as_tensor(points), torch.as_tensor(centers)
+    points, centers = as_tensor(points), as_tensor(centers)
     check_pair(points, centers, 1)
     if not std > 0:
         raise ValueError(f"std must be positive, got {std}")
     # differences, not cdist: its matrix-product form loses the digits that decide at the edge
     distance = (points.detach().double()[:, None] - centers.to(points.device).double()).norm(dim=2)  # (N, K)
     nearest, mode = distance.min(1)
-    reach = max(points.abs().max().item(), centers.abs().max().item())
+    reach = centers.abs().max().item() + 3 * std  # how large the numbers of a point at an edge are
     good = nearest <= 3 * std + 4 * torch.finfo(torch.promote_types(points.dtype, torch.float32)).eps * reach
     return mode[good].unique().numel(), good.double().mean().item()
 
@@ -780,7 +788,7 @@ def reconstruction_mse(x, y):
 
     For images in [-1, 1] this is `mse_pm1`; a quarter of it is the error on the [0, 1] scale, `mse`.
     """
-    x, y = torch.as_tensor(x), torch.as_tensor(y)
+    x, y = as_tensor(x), as_tensor(y)
     if x.shape != y.shape or not x.numel():
         raise ValueError(f"needs two tensors of one shape, got {tuple(x.shape)} and {tuple(y.shape)}")
     return F.mse_loss(y.detach().double(), x.detach().double()).item()
@@ -906,7 +914,7 @@ class ClassifierFeatures:
         import data
 
         x = stack_images(images, lambda u8: data.to_float(self._recolour(u8.to(self.device)), self.recipe["side"]))
-        with full_float32():
+        with full_float32(), torch.autocast(self.device.type, enabled=False):
             return self.net(x.contiguous(memory_format=torch.channels_last))
 
     def _recolour(self, u8):
@@ -1047,6 +1055,8 @@ class Evaluator:
             y = reconstruct(x)
             if y.shape != x.shape:
                 raise ValueError(f"reconstruct must give what it is given, {tuple(x.shape)}, not {tuple(y.shape)}")
+            if not torch.isfinite(y).all():
+                raise NotFinite("reconstructions must be finite, but some numbers are NaN or infinite")
             errors.append((y.double() - x.double()).square().flatten(1).mean(1).cpu())
         return torch.cat(errors)
 
@@ -1070,8 +1080,9 @@ def read_picture(path):
         return None
 
 
-def read_pictures(files, batch):
-    """Lists of `batch` pictures, uint8 (3, H, W), any sizes; the next are read meanwhile; UserError names bad ones."""
+def read_pictures(files, batch, sizes):
+    """Lists of `batch` pictures, uint8 (3, H, W), any `sizes`, which are noted; the next are read meanwhile. UserError names
+    bad ones."""
     parts = [files[start : start + batch] for start in range(0, len(files), batch)]
     with ThreadPoolExecutor() as pool:
         ahead = pool.map(read_picture, parts[0])
@@ -1080,34 +1091,45 @@ def read_pictures(files, batch):
             bad = [str(name) for name, image in zip(names, images) if image is None]
             if bad:  # to leave them out would quietly change N
                 raise UserError(f"cannot read {', '.join(bad)}: mend or remove what is no picture of 8 bits")
+            sizes.update(tuple(image.shape[1:]) for image in images)
             yield images
 
 
 def open_source(name, args):
-    """What A or B is: a dict of `name`, `n`, and `state` (of a saved file), `files` (of a folder) or `dataset`."""
+    """What A or B is: a dict of `name`, `n`, `sizes` ({(H, W)}, of a folder filled as it is read), and `state` (of a saved
+    file), `files` (of a folder) or `dataset`."""
     import data
 
     path = Path(name)
     if path.suffix == ".pt":
         try:
             state = read_saved(path)
-            return {"name": path.name, "n": state["n"], "state": state, "of": state["of"], "key": state["key"]}
+            return {"name": path.name, "n": state["n"], "state": state, "of": state["of"], "key": state["key"],
+                    "sizes": set(state["sizes"])}
         except Exception as error:
             raise UserError(f"{path} is no file of statistics saved by `metrics.py stats`") from error
     if path.is_dir():
-        if (path / "train").is_dir():
-            raise UserError(f"{path} has a training and perhaps a test set: say {path}:train, {path}:test or {path / 'train'}")
+        if any(entry.is_dir() and entry.name.lower() == "train" for entry in path.iterdir()):
+            raise UserError(f"{path} has a training and perhaps a test set: say {path}:train or {path}:test")
         files = data.find_pictures(path)
         if not files:
             raise UserError(f"{path} holds no pictures ({', '.join(data.SUFFIXES)})")
         # a seeded order: --n takes a fair sample, and the splits of the inception score are not classes
         order = torch.randperm(len(files), generator=torch.Generator().manual_seed(SEED))[: args.n]
-        return {"name": path.resolve().name, "n": len(order), "files": [files[i] for i in order.tolist()]}
+        return {"name": path.resolve().name, "n": len(order), "files": [files[i] for i in order.tolist()], "sizes": set()}
     name, _, split = name.partition(":")
     dataset = data.load(name, args.root, split=split or "train")
     if dataset.x.dtype != torch.uint8:
         raise UserError(f"{name} holds points, not images")
-    return {"name": f"{name}:{dataset.split}", "n": min(args.n or len(dataset), len(dataset)), "dataset": dataset}
+    return {"name": f"{name}:{dataset.split}", "n": min(args.n or len(dataset), len(dataset)), "dataset": dataset,
+            "sizes": {tuple(dataset.x.shape[2:])}}
+
+
+def described(source):
+    """A source for the protocol: its name, how many pictures were used, and their size."""
+    sizes = source["sizes"]
+    size = "mixed sizes" if len(sizes) > 1 else "x".join(map(str, *sizes))
+    return f"{source['name']} (n={source['n']}, {size})"
 
 
 def measure(source, extract, keep, args):
@@ -1122,7 +1144,7 @@ def measure(source, extract, keep, args):
             raise UserError(f"{source['name']} holds a mean and a covariance, but --kid, --is and --pr need pictures")
         return {"moments": Moments.of(source["state"])}
     if "files" in source:
-        batches = read_pictures(source["files"], args.batch)
+        batches = read_pictures(source["files"], args.batch, source["sizes"])
     else:
         import data
 
@@ -1141,17 +1163,22 @@ def compare(a, b, extract, wanted, args):
     got_a = measure(a, extract, both, args)
     got_b = measure(b, extract, both + ["logits"] * (inception and "is" in wanted), args)
     result, f1, f2 = {}, got_a.get("features"), got_b.get("features")
+    protocol = f"{extract.name}, {described(a)} vs {described(b)}"
     if extract.metric in wanted:
         distance = frechet_distance_features(f1, f2) if few else got_a["moments"].distance(got_b["moments"])
         result[extract.metric] = distance
     if inception and "kid" in wanted:
-        result["kid"], result["kid_std"] = kernel_distance(f1, f2, 100, min(1000, a["n"], b["n"]))
+        subset = min(1000, a["n"], b["n"])
+        result["kid"], result["kid_std"] = kernel_distance(f1, f2, 100, subset)
+        protocol += f", kid: 100 subsets of {subset}"
     if inception and "is" in wanted:
         mixed = torch.randperm(b["n"], generator=torch.Generator().manual_seed(SEED))  # a data set may lie in order
         result["is"], result["is_std"] = inception_score(got_b["logits"][mixed].double().softmax(1))
+        protocol += ", is: of B, 10 splits"
     if inception and "pr" in wanted:
         result["precision"], result["recall"] = precision_recall(f1, f2, 3)
-    result["protocol"] = f"{extract.name}, {a['name']} (n={a['n']}) vs {b['name']} (n={b['n']})"
+        protocol += ", precision and recall: k=3"
+    result["protocol"] = protocol
     return result
 
 
@@ -1186,15 +1213,17 @@ def run(args):
 
         name, known = args.sources[saving].partition(":")[0], opened[0].get("dataset")
         if known is None or not is_labelled(known) or known.stacked:
-            raise UserError(f"--fcd needs the name of a labelled data set as A, for instance mnist:test, not {name}")
+            raise UserError(f"--fcd needs the name of a labelled data set as A, for instance mnist:test, not {name} (saved "
+                            "statistics of such a set can be B)")
         pair = {split: data.load(name, args.root, split=split) for split in {"train", "test"} - {known.split}}
         extractors.append(ClassifierFeatures(**{known.split: known, **pair}, device=device, root=args.root))
     if wanted - {"fcd"}:
         extractors.append(InceptionFeatures(args.weights or "auto", device, args.flavour, args.amp))
     if saving:
         moments = measure(opened[0], extractors[0], [], args)["moments"]
-        save_atomic({**moments.state(), "of": extractors[0].name, "key": digest_of(extractors[0].key)}, out)
-        return {"saved": str(out), "n": moments.n, "protocol": extractors[0].name}
+        about = {"sizes": sorted(opened[0]["sizes"]), "of": extractors[0].name, "key": digest_of(extractors[0].key)}
+        save_atomic({**moments.state(), **about}, out)
+        return {"saved": str(out), "n": moments.n, "protocol": f"{extractors[0].name}, {described(opened[0])}"}
     results = [compare(*opened, extract, wanted, args) for extract in extractors]
     result = {k: v for r in results for k, v in r.items()} | {"protocol": "; ".join(r["protocol"] for r in results)}
     n = min(source["n"] for source in opened)
@@ -1232,8 +1261,8 @@ def main(argv=None):
     add("--root", default="data", help="where data sets and caches are")
     try:
         result = run(args := parser.parse_args(argv))
-    except ValueError as error:
-        if type(error).__name__ != "UserError":  # data.py has a class of this name too
+    except (ValueError, OSError) as error:  # OSError: a loop of links, no permission, a name too long
+        if not isinstance(error, OSError) and type(error).__name__ != "UserError":  # data.py has a class of this name too
             raise
         print(f"metrics.py: {error}", file=sys.stderr)
         return 2

@@ -157,6 +157,7 @@ def test_ordered():
     assert torch.cat([indices(x) for x, _ in parts]).tolist() == list(range(25))
     assert indices(next(ordered(dataset, n=3))[0]).tolist() == [0, 1, 2]
     assert sum(len(x) for x, _ in ordered(dataset, n=99)) == 25
+    assert not list(ordered(dataset, n=0))
     assert next(ordered(dataset, n=2, size=12))[0].shape == (2, 1, 12, 12)
     bare = indices(next(ordered(counted(200, labels=False), n=20))[0])  # nothing tells in what order they lie
     assert bare.max() > 100 and len(bare.unique()) == 20
@@ -440,7 +441,15 @@ def test_lsun_is_read_from_lmdb(tmp_path, monkeypatch):
         Image.new("RGB", (40, 30), (10 * i, 20, 30)).save(file, "png")
         stored[f"key{i}".encode()] = file.getvalue()
 
+    file_size, refuses = 8192, False
+
     class Environment:  # what data.py asks of lmdb's
+        def info(self):
+            return {"last_pgno": 1}
+
+        def stat(self):
+            return {"psize": 4096}
+
         def begin(self):
             return self
 
@@ -460,15 +469,32 @@ def test_lsun_is_read_from_lmdb(tmp_path, monkeypatch):
             return stored[key]
 
     lmdb = types.ModuleType("lmdb")
-    lmdb.open = lambda path, **kwargs: Environment()
+    lmdb.Error = type("Error", (Exception,), {})
+
+    def opened(path, **kwargs):
+        if refuses:
+            raise lmdb.Error
+        return Environment()
+
+    lmdb.open = opened
     monkeypatch.setitem(sys.modules, "lmdb", lmdb)
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "root" / "church_outdoor_train_lmdb"
     folder.mkdir(parents=True)
-    (folder / "data.mdb").write_bytes(b"stands for the database")
+    (folder / "data.mdb").write_bytes(b"stands for the database".ljust(file_size))
     got = load("lsun-church", tmp_path / "root")
     assert got.x.shape == (3, 3, 64, 64) and got.x[2, :, 5, 5].tolist() == [20, 20, 30] and got.y is None
     assert os.listdir(tmp_path) == ["root"]  # no pickle of the keys left in the current folder
+    stored.clear()
+    with pytest.raises(UserError, match="damaged or was copied in part"):   # without keys
+        load("lsun-church", tmp_path / "root")
+    stored[b"key"] = b""
+    (folder / "data.mdb").write_bytes(b"half".ljust(file_size // 2))        # lmdb itself would die of SIGBUS
+    with pytest.raises(UserError, match="damaged or was copied in part"):
+        load("lsun-church", tmp_path / "root")
+    refuses = True
+    with pytest.raises(UserError, match="damaged or was copied in part"):
+        load("lsun-church", tmp_path / "root")
 
 
 # --------------------------------------------------------------------------------------------------- folders
@@ -693,6 +719,20 @@ def test_folders_that_cannot_be_used(tmp_path):
     with pytest.raises(UserError, match=r"both beside and inside its folders \(kittens\)"):
         load(folder, root)
     assert not (root / "cache").exists() or list((root / "cache").iterdir()) == []  # no failure was cached
+    for part in ("train/a", "train/b", "test"):
+        save_pictures(tmp_path / "halves" / part, 1)
+    with pytest.raises(UserError, match="has a folder for each class, the other has none"):
+        load(tmp_path / "halves", root, split="test")
+
+
+def test_pictures_whose_names_are_no_utf8(tmp_path):
+    save_pictures(tmp_path / "latin", 2)
+    try:
+        os.rename(os.fsencode(tmp_path / "latin" / "0.png"), os.fsencode(tmp_path / "latin") + b"/caf\xe9.png")
+    except OSError:
+        pytest.skip("this file system knows no such names")
+    for _ in range(2):
+        assert len(load(tmp_path / "latin", tmp_path / "root")) == 2
 
 
 def test_command_line(tmp_path, monkeypatch, capsys):
@@ -706,7 +746,11 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     ring = np.asarray(Image.open("ring.png")) < 250  # dark where points are: on the circle, not in its middle
     middle = ring.shape[0] // 2
     assert ring.any() and not ring[middle - 100 : middle + 100, middle - 100 : middle + 100].any()
-    for wrong in (["mnits"], ["digits", "--out", "nowhere/x.png"], ["digits", "--split", "all"]):
+    save_pictures(tmp_path / "pictures", 3)
+    assert data.main(["pictures"]) == 0 and Path("pictures-train.png").exists()
+    monkeypatch.chdir(tmp_path / "pictures")                    # where the sheet would be one picture more
+    for wrong in (["mnits"], ["digits", "--out", "nowhere/x.png"], ["digits", "--split", "all"], ["."],
+                  ["../pictures", "--out", "sheet.png"]):
         capsys.readouterr()
         assert data.main(wrong) == 2
         out, err = capsys.readouterr()
@@ -822,7 +866,10 @@ def test_frechet_distance_refuses_what_it_cannot_be_computed_from():
     with pytest.raises(ValueError, match="finite"):
         metrics.frechet_distance(mu, cov, mu, cov * math.nan)
     assert metrics.frechet_distance(0., 4., 3., 1.) == pytest.approx(9 + 1)     # of one number, as np.cov gives it
-    for pair in ((cov, -cov), (-cov, cov), (-cov, torch.diag(torch.tensor([1., 1., 0.])))):
+    assert metrics.frechet_distance(.1, 1., [.3], [[1.]]) == pytest.approx(.04, rel=1e-14)      # in float64, as they come
+    small = torch.diag(torch.tensor([1., 1e-6, 1.]))
+    for pair in ((cov, -cov), (-cov, cov), (-cov, torch.diag(torch.tensor([1., 1., 0.]))), (-cov, -cov),
+                 (small, torch.diag(torch.tensor([1., -1., 1.]))), (torch.ones(3, 3) - cov, cov)):
         with pytest.raises(ValueError, match="semidefinite"):
             metrics.frechet_distance(mu, pair[0], mu, pair[1])
     with pytest.raises(ValueError, match="at least 2"):
@@ -1000,6 +1047,9 @@ def test_precision_recall_on_constructed_sets():
         assert metrics.precision_recall(real, fake, k=1, chunk=3) == pytest.approx(expected)
     edge = torch.tensor([[-1.0], [20.0], [40.0]])  # -1 lies on the boundary of 0's ball: inside
     assert metrics.precision_recall(real, edge, k=1)[0] == pytest.approx(1 / 3)
+    far = 1e6 + .01 * torch.randn(60, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    apart = metrics.precision_recall(far[:30], far[30:])        # by differences, which 1e6 costs no digits
+    assert apart == metrics.precision_recall(far[:30] - 1e6, far[30:] - 1e6) and min(apart) < 1
     with pytest.raises(ValueError, match="at least 4 rows"):
         metrics.precision_recall(real[:3], real, k=3)
     with pytest.raises(ValueError, match="k must"):
@@ -1015,6 +1065,8 @@ def test_grid_modes_counts_high_quality_points_and_includes_the_edge():
     for dtype in (torch.float32, torch.float64):
         edge, beyond = (grid.to(dtype) + torch.tensor([x, 0.], dtype=dtype) for x in (.15, .15001))
         assert metrics.grid_modes(edge, grid, 0.05) == (25, 1.0) and metrics.grid_modes(beyond, grid, 0.05) == (0, 0.0)
+        runaway = torch.tensor([[1e7, 0.]], dtype=dtype)        # makes no other point better
+        assert metrics.grid_modes(torch.cat([beyond, runaway]), grid, 0.05) == (0, 0.0)
     with pytest.raises(ValueError, match="std"):
         metrics.grid_modes(points, centers, 0.0)
     with pytest.raises(ValueError, match="dimensions"):
@@ -1036,6 +1088,7 @@ def test_reconstruction_mse_is_the_mean_square_in_float64():
     x = torch.zeros(2, 1, 2, 2)
     assert metrics.reconstruction_mse(x, x + 0.5) == 0.25
     assert metrics.reconstruction_mse(x.double(), x + 1e-20) == pytest.approx(1e-40)  # 0 in float32
+    assert metrics.reconstruction_mse([.1], [.3]) == pytest.approx(.04, rel=1e-14)
     with pytest.raises(ValueError, match="one shape"):
         metrics.reconstruction_mse(x, x[:1])
 
@@ -1258,6 +1311,13 @@ def test_classifier_is_deterministic(sets):
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values()))
 
 
+def test_classifiers_features_are_float32_under_a_callers_autocast(sets, cache):
+    features = metrics.ClassifierFeatures(*sets, root=cache)
+    plain = features(sets[1].x[:8])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(torch.equal(a, b) for a, b in zip(plain, features(sets[1].x[:8])))
+
+
 def test_classifier_needs_labels(sets, cache):
     bare = data.Dataset("bare", "train", sets[0].x, None, 0)
     with pytest.raises(metrics.UserError, match="no labels"):
@@ -1302,6 +1362,8 @@ def test_evaluator_refuses_bad_samples_points_and_too_few(sets, cache):
             evaluator(lambda n, bad=bad: bad)
     with pytest.raises(metrics.NotFinite, match="finite"):
         evaluator(lambda n: torch.full((20, 1, 16, 16), math.nan))
+    with pytest.raises(metrics.NotFinite, match="finite"):
+        evaluator(None, lambda x: x * math.nan)
     with pytest.raises(ValueError, match="10 samples"):
         metrics.Evaluator(*sets, 16, root=cache, samples=9)
     points = data.Dataset("grid25", "train", torch.zeros(50, 2), None, 0)
@@ -1394,14 +1456,17 @@ def test_command_line_compares_folders_and_saved_statistics(folders, inception, 
     result = json.loads(out)
     assert code == 0 and set(result) == {"fid", "kid", "kid_std", "is", "is_std", "precision", "recall", "protocol", "note"}
     assert result["fid"] > 0 and "n=10 is below 10,000" in result["note"]
-    assert "pytorch-fid flavour" in result["protocol"] and "a (n=10) vs b (n=10)" in result["protocol"] and "10/10" in err
+    assert "pytorch-fid flavour" in result["protocol"] and "10/10" in err
+    assert result["protocol"].endswith("a (n=10, mixed sizes) vs b (n=10, mixed sizes), kid: 100 subsets of 10, "
+                                       "is: of B, 10 splits, precision and recall: k=3")
     saved = tmp_path / "a.pt"
     assert command(capsys, "stats", a, saved, *weights)[0] == 0
     code, out, _ = command(capsys, saved, b, *weights)
     assert json.loads(out)["fid"] == pytest.approx(result["fid"], rel=1e-6)  # singular covariances against the Gram form
+    assert json.loads(out)["protocol"].endswith("a.pt (n=10, mixed sizes) vs b (n=10, mixed sizes)")
     assert json.loads(command(capsys, saved, saved, *weights)[1])["fid"] == 0.0
     few = json.loads(command(capsys, a, a, *weights, "--n", 5, "--batch", 2)[1])
-    assert few["fid"] == 0.0 and "(n=5)" in few["protocol"]
+    assert few["fid"] == 0.0 and "(n=5, mixed sizes)" in few["protocol"]
     code, out, err = command(capsys, saved, b, *weights, "--flavour", "tf")
     assert code == 2 and not out and "pytorch-fid flavour" in err and "tf flavour" in err
     code, out, err = command(capsys, saved, b, *weights, "--kid")
@@ -1439,7 +1504,7 @@ def test_command_line_fcd_needs_no_weights(folders, sets, capsys, monkeypatch, c
     code, out, _ = command(capsys, "quadrants:test", folders / "b", "--fcd", "--root", cache, "--device", "cpu", "--json")
     result = json.loads(out)
     assert code == 0 and result["fcd"] > 1 and "fid" not in result
-    assert result["protocol"] == "quadrants classifier features (d=128), quadrants:test (n=300) vs b (n=10)"
+    assert result["protocol"] == "quadrants classifier features (d=128), quadrants:test (n=300, 16x16) vs b (n=10, mixed sizes)"
     same = command(capsys, "quadrants:test", "quadrants:test", "--fcd", "--root", cache, "--device", "cpu", "--json")[1]
     assert json.loads(same)["fcd"] == 0.0
     assert "fcd" in command(capsys, "quadrants:test", "quadrants:train", "--fcd", "--root", cache, "--device", "cpu")[1]
@@ -1459,7 +1524,9 @@ def test_command_line_mistakes_are_one_sentence(folders, inception, tmp_path, ca
     deep.mkdir()
     (deep / "good.png").write_bytes(good)
     Image.fromarray(np.full((16, 16), 300, np.uint16)).save(deep / "dark.png")
-    save_pictures(tmp_path / "split/train", 2)
+    save_pictures(tmp_path / "split/Train", 2)
+    (tmp_path / "loop").mkdir()
+    (tmp_path / "loop" / "again").symlink_to(tmp_path / "loop")
     a, one = folders / "a", tmp_path / "one"
     one.mkdir()
     (one / "good.png").write_bytes(good)
@@ -1480,7 +1547,9 @@ def test_command_line_mistakes_are_one_sentence(folders, inception, tmp_path, ca
         ((a, a, "--pr", "--n", "3"), ["--pr needs 4 pictures, not 3"]),
         ((a, a, "--device", "abacus"), ["--device abacus"]),
         ((a, deep), ["dark.png", "8 bits"]),
-        ((a, tmp_path / "split"), ["training"]),
+        ((a, tmp_path / "split"), ["training", f"{tmp_path / 'split'}:train"]),
+        ((a, tmp_path / "loop"), ["loop"]),
+        ((a, "x" * 300), ["xxx"]),
         (("stats", a, tmp_path / "out.pt", "--kid"), ["stats"]),
     ):
         code, out, err = command(capsys, *arguments, "--weights", inception, "--root", tmp_path)
@@ -1514,7 +1583,8 @@ def test_compare_keeps_real_and_generated_apart(monkeypatch):
     logits = 50 * torch.eye(10).repeat_interleave(10, 0)            # B lies class by class
     monkeypatch.setattr(metrics, "measure", lambda source, *_: {"features": f[source["name"]], "logits": logits})
     extract = types.SimpleNamespace(metric="fid", dim=2048, name="")
-    compare = lambda wanted, n: metrics.compare({"name": "real", "n": 20}, {"name": "fake", "n": n}, extract, wanted, None)
+    source = lambda name, n: {"name": name, "n": n, "sizes": {(8, 8)}}
+    compare = lambda wanted, n: metrics.compare(source("real", 20), source("fake", n), extract, wanted, None)
     got = compare({"pr"}, 5)
     assert got["precision"] == pytest.approx(.8) and got["recall"] == 1.
     assert compare({"is"}, 100)["is"] > 5
