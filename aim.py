@@ -75,6 +75,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 
 import torch
 import torch.distributed as dist
@@ -138,8 +139,8 @@ class Config:
         if self.width < 2 or self.width % 2:
             raise UserError(f"--width {self.width} is not an even number from 2 up")
         for name, least in (("batch", 2), ("latent", 1), ("samples", 10), ("epochs", 1e-9)):
-            if not getattr(self, name) >= least:
-                raise UserError(f"--{name} {getattr(self, name)} is too small")
+            if not least <= getattr(self, name) < 2 ** 48:
+                raise UserError(f"--{name} {getattr(self, name)} is too {'large' if getattr(self, name) > least else 'small'}")
         if self.std == 0 and self.size:
             raise UserError("--std 0 is the initialisation of the 2-D networks; for images give a positive one (.02)")
         if not 0 <= self.beta1 < 1:
@@ -421,7 +422,7 @@ class AIM(nn.Module):
 
     def __init__(self, config, machine=None):
         super().__init__()
-        self.config, self.machine, self.iteration = config, machine or Machine(), 0
+        self.config, self.machine, self.iteration = config, machine or Machine(seed=config.seed), 0
         self.lam = 1 / config.latent if config.lam is None else config.lam          # Sec. 5: lambda = 1/d
         self.E = None
         self.networks(config)
@@ -794,19 +795,25 @@ class Run:
         self.losses, self.shown, self.signal = [], 0.0, 0
         if not self.main:
             return
+        earlier = []
         try:
             if (self.folder / "config.json").exists() and not resume:
+                if pathlib.Path.cwd().is_relative_to(self.folder.resolve()):
+                    raise UserError(f"--out {self.folder} holds a run, which cannot be moved aside from within; choose another")
                 n = next(n for n in itertools.count(1) if not self.folder.with_name(f"{self.folder.name}.{n}").exists())
                 self.folder.rename(self.folder.with_name(f"{self.folder.name}.{n}"))
                 print(f"an earlier run was here: moved to {self.folder}.{n}", file=sys.stderr)
+            elif resume:
+                earlier = earlier_commands(self.folder / "config.json")
             for name in ("samples", "recon", "figures"):
                 (self.folder / name).mkdir(parents=True, exist_ok=True)
             self.log_file = open(self.folder / "log.jsonl", "a")
         except OSError as error:
             raise UserError(f"cannot write to the run folder {self.folder}: {error.strerror}; choose another with --out"
                             ) from None
-        self.write_json("config.json", config | {"command": " ".join(sys.argv), "device": str(machine.device),
-                                                 "precision": machine.amp, "world": machine.world} | versions())
+        self.write_json("config.json", config | {"command": " ".join(sys.argv), "earlier_commands": earlier,
+                                                 "device": str(machine.device), "precision": machine.amp,
+                                                 "world": machine.world} | versions())
 
     def __enter__(self):
         """From here to the end of the `with`, Ctrl-C and SIGTERM are only noted: the loop saves, then leaves."""
@@ -908,6 +915,15 @@ class Run:
             os.replace(self.folder / f"{name}.tmp", self.folder / name)
 
 
+def earlier_commands(path):
+    """The commands of a run's config.json, the first one first; none where there is no such file, or a damaged one."""
+    try:
+        before = json.loads(path.read_text())
+        return [*before["earlier_commands"], before["command"]]
+    except (OSError, ValueError, LookupError, TypeError):
+        return []
+
+
 def load_checkpoint(path, file):
     """The checkpoint in a run's folder (or the .pt itself), as plain data on the CPU. Raises UserError if it is absent,
     damaged, from another of the paper files, or a pickle that would run code (`weights_only`: refused, not run)."""
@@ -917,10 +933,14 @@ def load_checkpoint(path, file):
         raise UserError(f"--resume: there is no checkpoint {path}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(path) as whole:                # its checksums: torch.load lets a flipped bit in a tensor pass
+            damaged = whole.testzip() is not None
     except pickle.UnpicklingError:
         raise UserError(f"--resume: {path} is not a checkpoint of plain tensors and values, so it was refused") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError):
-        raise UserError(f"--resume: {path} is damaged or truncated; an older best.pt may still be whole") from None
+    except Exception:                                       # half a dozen kinds, depending on which byte it is
+        damaged = True
+    if damaged:
+        raise UserError(f"--resume: {path} is damaged or truncated; an older best.pt may still be whole")
     keys = {"file", "model", "config", "step", "weights", "optimisers", "scaler", "batches", "rng", "best"}
     if not isinstance(state, dict) or not keys <= set(state):
         raise UserError(f"--resume: {path} is not a checkpoint of {file}.py")
@@ -943,6 +963,12 @@ def restore(state, model, batches, machine):
     if batches is not None:
         batches.load_state_dict(state["batches"])
         machine.set_rng_state(state["rng"])
+
+
+def best_so_far(state, config, folder):
+    """What best.pt was kept by, of a resumed run; None if another metric decides from here on, or in a new folder."""
+    same = state["config"].get("inception") == config.inception and (pathlib.Path(folder) / "best.pt").exists()
+    return state["best"] if same else None
 
 
 def folder_of(args, default):
@@ -983,15 +1009,27 @@ def at_least(least, kind=int):
     """A flag's type: numbers from `least` up, and below 2^63 (so no infinity)."""
     def convert(text):
         value = kind(text)
-        if not least <= value < 2 ** 63:
+        if not least <= value < float("inf"):
             raise argparse.ArgumentTypeError(f"{text} must be a number from {least} up")
+        if value >= 2 ** 63:
+            raise argparse.ArgumentTypeError(f"{text} is too large")
         return value
     convert.__name__ = kind.__name__
     return convert
 
 
+def some_path(text):
+    """A flag's type: not the empty string, which is what an unset variable of the shell leaves."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty path was given")
+    return text
+
+
 def shared_flags(parser, models):
-    """The flags that mean the same in all three files. None where not given: the preset, or the resumed run, decides."""
+    """The flags that mean the same in all three files. None where not given: the preset, or the resumed run, decides.
+
+    Returns the group of those of which only one may be given, since each does something else instead of training.
+    """
     for name, kind, text in (
             ("model", str, ", ".join(models)), ("dataset", str, "a name (python data.py --help) or a folder of pictures"),
             ("root", str, "where data sets lie or are downloaded to (data)"), ("steps", at_least(1), "training steps"),
@@ -1005,18 +1043,27 @@ def shared_flags(parser, models):
     parser.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), help="autocast (auto: bf16 where native)")
     parser.add_argument("--compile", action="store_true", default=None, help="torch.compile the networks")
     parser.add_argument("--device", default="auto", metavar="X", help="auto, cpu, cuda, cuda:1")
-    parser.add_argument("--out", metavar="DIR", help="folder of the run (runs/FILE-MODEL-DATASET-sSEED)")
-    parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
-    parser.add_argument("--sample", type=at_least(1), metavar="N", help="with --resume: only draw N samples into RUN/drawn")
-    parser.add_argument("--bench", type=at_least(1), metavar="N", help="only time N steps; prints JSON")
+    parser.add_argument("--out", type=some_path, metavar="DIR", help="folder of the run (runs/FILE-MODEL-DATASET-sSEED)")
+    parser.add_argument("--resume", type=some_path, metavar="RUN", help="continue the run in this folder")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--sample", type=at_least(1), metavar="N", help="with --resume: only draw N samples into RUN/drawn")
+    instead.add_argument("--bench", type=at_least(1), metavar="N", help="only time N steps (a multiple of 5); prints JSON")
+    return instead
 
 
 def settings(args, state, preset):
     """Config from the flags given: over the preset, or over a resumed run's own, of which only FREE may change.
 
     A rate or weight whose companions have values of their own ("lr": "lr_e", "lr_d") takes them along, in proportion.
-    Raises UserError for a flag that asks for another model than the checkpoint holds.
+    Raises UserError for a flag that asks for another model than the checkpoint holds, and for a dataset there is not.
     """
+    from data import IMAGE_SETS, POINT_SETS, load
+
+    if args["dataset"] not in (None, *IMAGE_SETS, *POINT_SETS):
+        folder = os.path.expanduser(args["dataset"])
+        if not os.path.isdir(folder):
+            load(args["dataset"])                           # says what is wrong with it
+        args["dataset"] = os.path.abspath(folder)           # so that the run can be resumed from anywhere
     if state is None:
         config = preset(args["model"], args["dataset"])
     else:
@@ -1084,15 +1131,16 @@ class CountFlops(TorchDispatchMode):
 
 
 def benchmark(model, x, steps, compiled=False):
-    """images/s, FLOP/s and peak memory of `model.step(x)` over `steps` timed steps, after some to warm up."""
-    cuda = x.device.type == "cuda"
+    """images/s, FLOP/s and peak memory of `model.step(x)`, after warming up, over `steps` steps (up to the next multiple of 5:
+    not all need be alike, WGAN's G moves at each fifth)."""
+    cuda, steps = x.device.type == "cuda", -(-steps // 5) * 5
     with CountFlops() as counter:                           # before compiling, which hides single operations
-        for _ in range(5):                                  # not every step need be alike: WGAN's G moves at each fifth
+        for _ in range(5):
             model.step(x)
     flops = counter.total / 5
     if compiled:
         compile_networks(model)
-    for _ in range(3):
+    for _ in range(5):
         model.step(x)
     if cuda:
         torch.cuda.synchronize()
@@ -1103,8 +1151,9 @@ def benchmark(model, x, steps, compiled=False):
     if cuda:
         torch.cuda.synchronize()
     seconds = (time.perf_counter() - began) / steps
-    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"images_per_s": round(len(x) / seconds, 1), "ms_per_step": round(seconds * 1e3, 2), "batch": len(x),
+    peak = torch.cuda.max_memory_allocated() if cuda else \
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)      # bytes, KiB
+    return {"steps": steps, "images_per_s": round(len(x) / seconds, 1), "ms_per_step": round(seconds * 1e3, 2), "batch": len(x),
             "gflop_per_step": float(f"{flops / 1e9:.4g}"),
             "tflop_per_s": float(f"{flops / seconds / 1e12:.3g}"), "peak_memory_mib": peak >> 20}
 
@@ -1222,6 +1271,11 @@ def run_cli(main):
     except Interrupted as error:
         print(f"\n{pathlib.Path(sys.argv[0]).name}: {error.args[0]}", file=sys.stderr)
         return 128 + error.args[1]
+    except OSError as error:                                # no permission, a full disk, a name too long
+        if error.errno is None:
+            raise
+        print(f"{pathlib.Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:                               # before the loop, when there is nothing to save yet
         return 128 + signal.SIGINT
     finally:
@@ -1317,7 +1371,7 @@ def train(config, machine, folder, state=None):
     machine.seed_ranks()
     if state is not None:
         restore(state, model, batches, machine)
-        start, best = state["step"], state["best"]
+        start, best = state["step"], best_so_far(state, config, folder)
         run.forget_after(start)
     if config.compile:
         compile_networks(model)
@@ -1388,7 +1442,8 @@ def main(argv=None):
         draw(config, machine, state, folder, args["sample"])
     else:
         train(config, machine, folder, state)
-        print(f"run: {folder}")
+        if machine.rank == 0:
+            print(f"run: {folder}")
     return 0
 
 

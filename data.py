@@ -186,7 +186,7 @@ class Batches:
 
     def _shuffle(self) -> Tensor:
         """This rank's items of the current epoch, (share,), or (share, 3) if stacked; lies where the data lie."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
         orders = [torch.randperm(len(self.x), generator=generator) for _ in range(3 if self.stacked else 1)]
         mine = torch.stack(orders, 1)[self.rank : self.share * self.world : self.world]
         return (mine if self.stacked else mine[:, 0]).contiguous().to(self.x.device)

@@ -42,8 +42,9 @@ Where this file departs from the papers, or had to choose (D1... here, D14... fo
   D5  ||.||_1 of Eq. (6) is the mean absolute error: summed over 12,288 pixels it would drown the other terms.
   D6  In Eq. (6) z is E(x), as everywhere else in Sec. 3, so x_i serves the second reconstruction and the classifier both.
   D7  Instance noise (Sec. 5: "variance is decayed", no numbers): the authors' standard deviations, at the same fractions of
-      training as theirs of 400 epochs (so a longer `--steps` on resuming stretches them); on real and generated images, IV
-      models only, but on `digits`, whose settings are ours, all alike and constant. Config.noise scales it, 0 switches it off.
+      training as theirs of 400 epochs (so a longer `--steps` on resuming stretches them); on the real and generated images
+      that D judges, not on the x_i that f classifies; IV models only, but on `digits`, whose settings are ours, all alike and
+      constant. Config.noise scales it, 0 switches it off.
   D8  The authors' code uses Adam 2e-4 / 1e-2 on CIFAR-10: `--lr 2e-4` (E's rate keeps the paper's ratio of 50); there E, of
       width 16, has a weight decay of 5e-4, and stacked MNIST is 60,000 fixed triples, 20,000 samples and a classifier of its
       own: not here, where Table 3 follows PacGAN (26,000 samples; triples are drawn anew, 60,000 an epoch: it fixes 128,000).
@@ -53,7 +54,8 @@ Where this file departs from the papers, or had to choose (D1... here, D14... fo
   D11 DCGAN's and LSGAN's losses of D are averaged over the 2n real and generated images (Alg. 1, line 10: alpha / 2n).
   D12 G sees batches of prior noise and of codes. Its running BN statistics, which `sample` uses, follow the former only: with
       all of them mixed in, samples would be decoded with statistics that belong to neither. E's follow data, not G(O_i(E(x)));
-      as E's rate is 50 times G's, they lag behind its weights, and each evaluation first takes them anew from training images.
+      as E's rate is 50 times G's (5 times on `digits`), they lag behind its weights, and each evaluation first takes them anew
+      from training images.
   D13 `--mu` and `--lam` set G's and D's weights and keep E's in the paper's proportion to them (2 and 4), so that `--mu 0` is
       Table 4's "without the intervention loss".
 
@@ -93,7 +95,7 @@ Algorithm 1 (one call of `IVAAE.step`).
 Run it.  python ivgen.py                                      IVLSGAN on drawn digits, offline, minutes on two cores
          python ivgen.py --dataset cifar10                    the paper's recipe: 64 x 64, 400 epochs
          python ivgen.py --dataset cifar10 --model wgan-gp    ... one of the seven systems of Table 2
-         python ivgen.py --dataset cifar10 --k 10 --mu 1      ... a cell of Table 4
+         python ivgen.py --dataset cifar10 --k 10             ... or of Table 4's settings of k and mu
          python ivgen.py --dataset stacked-mnist              modes and KL of Table 3
          python ivgen.py --dataset mnist --model ivaae-rad    Part II: also ivaae-bw, ivaae-svgd, aae, wae-mmd; 300 epochs
          python ivgen.py --resume RUN --probe discriminator   its Figs. 2 and 3; `--probe classifier`: Fig. 5
@@ -116,6 +118,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 
 import torch
 import torch.distributed as dist
@@ -189,12 +192,18 @@ class Config:
             raise UserError(f"--size {self.size} is not a power of two from 32 up (the networks halve it down to 4)")
         elif self.model in ("ivdcgan", "ivlsgan") and (self.k < 2 or self.latent % self.k):
             raise UserError(f"--k {self.k} does not divide the latent dimension {self.latent} into blocks (2 or more)")
-        for name, least in (("batch", 2), ("width", 1), ("latent", 2), ("e_steps", 1), ("samples", 10), ("epochs", 1e-9)):
-            if not getattr(self, name) >= least:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} is too small")
+        for name, least in (("batch", 2), ("size", 8), ("width", 1), ("latent", 2), ("e_steps", 1), ("samples", 10),
+                            ("epochs", 1e-9)):
+            if not least <= getattr(self, name) < 2 ** 48:
+                size = "large" if getattr(self, name) > least else "small"
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} is too {size}")
         for name in ("mu", "lam", "lr", "noise"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise UserError(f"--{name} {getattr(self, name)} must be a number from 0 up")
+        for name, known in (("e_sign", ("paper", "code")), ("d_norm", ("table1", "dcgan", "none")),
+                            ("e_loss", ("iv", "prior"))):
+            if getattr(self, name) not in known:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} is not one of {', '.join(known)}")
         if not 0 <= self.ema < 1:
             raise UserError(f"--ema {self.ema} must lie in [0, 1)")
         if self.compile and self.base == "wgan-gp":
@@ -212,8 +221,6 @@ class Config:
             raise UserError(f"--size {self.size}: Table 4's networks are for 64 pixels")
         if self.size < 8:
             raise UserError(f"--size {self.size} is too small")
-        if self.e_loss not in ("iv", "prior"):
-            raise UserError(f"--e-loss {self.e_loss} is not one of iv, prior")
 
 
 LSGAN_NOISE = ((0, .05), (.125, .01), (.25, .001), (.5, 0.))       # author code: epochs 0, 50, 100, 200 of 400
@@ -371,7 +378,7 @@ class Coder(nn.Module):
 
     def __init__(self, config, machine=None):
         super().__init__()
-        self.config, self.machine, self.iteration, self.average = config, machine or Machine(), 0, None
+        self.config, self.machine, self.iteration, self.average = config, machine or Machine(seed=config.seed), 0, None
 
     def get_extra_state(self):
         return self.iteration                                       # the clock of noise and rates is part of a checkpoint
@@ -1126,19 +1133,25 @@ class Run:
         self.losses, self.shown, self.signal = [], 0.0, 0
         if not self.main:
             return
+        earlier = []
         try:
             if (self.folder / "config.json").exists() and not resume:
+                if pathlib.Path.cwd().is_relative_to(self.folder.resolve()):
+                    raise UserError(f"--out {self.folder} holds a run, which cannot be moved aside from within; choose another")
                 n = next(n for n in itertools.count(1) if not self.folder.with_name(f"{self.folder.name}.{n}").exists())
                 self.folder.rename(self.folder.with_name(f"{self.folder.name}.{n}"))
                 print(f"an earlier run was here: moved to {self.folder}.{n}", file=sys.stderr)
+            elif resume:
+                earlier = earlier_commands(self.folder / "config.json")
             for name in ("samples", "recon", "figures"):
                 (self.folder / name).mkdir(parents=True, exist_ok=True)
             self.log_file = open(self.folder / "log.jsonl", "a")
         except OSError as error:
             raise UserError(f"cannot write to the run folder {self.folder}: {error.strerror}; choose another with --out"
                             ) from None
-        self.write_json("config.json", config | {"command": " ".join(sys.argv), "device": str(machine.device),
-                                                 "precision": machine.amp, "world": machine.world} | versions())
+        self.write_json("config.json", config | {"command": " ".join(sys.argv), "earlier_commands": earlier,
+                                                 "device": str(machine.device), "precision": machine.amp,
+                                                 "world": machine.world} | versions())
 
     def __enter__(self):
         """From here to the end of the `with`, Ctrl-C and SIGTERM are only noted: the loop saves, then leaves."""
@@ -1240,6 +1253,15 @@ class Run:
             os.replace(self.folder / f"{name}.tmp", self.folder / name)
 
 
+def earlier_commands(path):
+    """The commands of a run's config.json, the first one first; none where there is no such file, or a damaged one."""
+    try:
+        before = json.loads(path.read_text())
+        return [*before["earlier_commands"], before["command"]]
+    except (OSError, ValueError, LookupError, TypeError):
+        return []
+
+
 def load_checkpoint(path, file):
     """The checkpoint in a run's folder (or the .pt itself), as plain data on the CPU. Raises UserError if it is absent,
     damaged, from another of the paper files, or a pickle that would run code (`weights_only`: refused, not run)."""
@@ -1249,10 +1271,14 @@ def load_checkpoint(path, file):
         raise UserError(f"--resume: there is no checkpoint {path}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(path) as whole:                # its checksums: torch.load lets a flipped bit in a tensor pass
+            damaged = whole.testzip() is not None
     except pickle.UnpicklingError:
         raise UserError(f"--resume: {path} is not a checkpoint of plain tensors and values, so it was refused") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError):
-        raise UserError(f"--resume: {path} is damaged or truncated; an older best.pt may still be whole") from None
+    except Exception:                                       # half a dozen kinds, depending on which byte it is
+        damaged = True
+    if damaged:
+        raise UserError(f"--resume: {path} is damaged or truncated; an older best.pt may still be whole")
     keys = {"file", "model", "config", "step", "weights", "optimisers", "scaler", "batches", "rng", "best"}
     if not isinstance(state, dict) or not keys <= set(state):
         raise UserError(f"--resume: {path} is not a checkpoint of {file}.py")
@@ -1275,6 +1301,12 @@ def restore(state, model, batches, machine):
     if batches is not None:
         batches.load_state_dict(state["batches"])
         machine.set_rng_state(state["rng"])
+
+
+def best_so_far(state, config, folder):
+    """What best.pt was kept by, of a resumed run; None if another metric decides from here on, or in a new folder."""
+    same = state["config"].get("inception") == config.inception and (pathlib.Path(folder) / "best.pt").exists()
+    return state["best"] if same else None
 
 
 def folder_of(args, default):
@@ -1315,15 +1347,27 @@ def at_least(least, kind=int):
     """A flag's type: numbers from `least` up, and below 2^63 (so no infinity)."""
     def convert(text):
         value = kind(text)
-        if not least <= value < 2 ** 63:
+        if not least <= value < float("inf"):
             raise argparse.ArgumentTypeError(f"{text} must be a number from {least} up")
+        if value >= 2 ** 63:
+            raise argparse.ArgumentTypeError(f"{text} is too large")
         return value
     convert.__name__ = kind.__name__
     return convert
 
 
+def some_path(text):
+    """A flag's type: not the empty string, which is what an unset variable of the shell leaves."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty path was given")
+    return text
+
+
 def shared_flags(parser, models):
-    """The flags that mean the same in all three files. None where not given: the preset, or the resumed run, decides."""
+    """The flags that mean the same in all three files. None where not given: the preset, or the resumed run, decides.
+
+    Returns the group of those of which only one may be given, since each does something else instead of training.
+    """
     for name, kind, text in (
             ("model", str, ", ".join(models)), ("dataset", str, "a name (python data.py --help) or a folder of pictures"),
             ("root", str, "where data sets lie or are downloaded to (data)"), ("steps", at_least(1), "training steps"),
@@ -1337,18 +1381,27 @@ def shared_flags(parser, models):
     parser.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), help="autocast (auto: bf16 where native)")
     parser.add_argument("--compile", action="store_true", default=None, help="torch.compile the networks")
     parser.add_argument("--device", default="auto", metavar="X", help="auto, cpu, cuda, cuda:1")
-    parser.add_argument("--out", metavar="DIR", help="folder of the run (runs/FILE-MODEL-DATASET-sSEED)")
-    parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
-    parser.add_argument("--sample", type=at_least(1), metavar="N", help="with --resume: only draw N samples into RUN/drawn")
-    parser.add_argument("--bench", type=at_least(1), metavar="N", help="only time N steps; prints JSON")
+    parser.add_argument("--out", type=some_path, metavar="DIR", help="folder of the run (runs/FILE-MODEL-DATASET-sSEED)")
+    parser.add_argument("--resume", type=some_path, metavar="RUN", help="continue the run in this folder")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--sample", type=at_least(1), metavar="N", help="with --resume: only draw N samples into RUN/drawn")
+    instead.add_argument("--bench", type=at_least(1), metavar="N", help="only time N steps (a multiple of 5); prints JSON")
+    return instead
 
 
 def settings(args, state, preset):
     """Config from the flags given: over the preset, or over a resumed run's own, of which only FREE may change.
 
     A rate or weight whose companions have values of their own ("lr": "lr_e", "lr_d") takes them along, in proportion.
-    Raises UserError for a flag that asks for another model than the checkpoint holds.
+    Raises UserError for a flag that asks for another model than the checkpoint holds, and for a dataset there is not.
     """
+    from data import IMAGE_SETS, POINT_SETS, load
+
+    if args["dataset"] not in (None, *IMAGE_SETS, *POINT_SETS):
+        folder = os.path.expanduser(args["dataset"])
+        if not os.path.isdir(folder):
+            load(args["dataset"])                           # says what is wrong with it
+        args["dataset"] = os.path.abspath(folder)           # so that the run can be resumed from anywhere
     if state is None:
         config = preset(args["model"], args["dataset"])
     else:
@@ -1416,15 +1469,16 @@ class CountFlops(TorchDispatchMode):
 
 
 def benchmark(model, x, steps, compiled=False):
-    """images/s, FLOP/s and peak memory of `model.step(x)` over `steps` timed steps, after some to warm up."""
-    cuda = x.device.type == "cuda"
+    """images/s, FLOP/s and peak memory of `model.step(x)`, after warming up, over `steps` steps (up to the next multiple of 5:
+    not all need be alike, WGAN's G moves at each fifth)."""
+    cuda, steps = x.device.type == "cuda", -(-steps // 5) * 5
     with CountFlops() as counter:                           # before compiling, which hides single operations
-        for _ in range(5):                                  # not every step need be alike: WGAN's G moves at each fifth
+        for _ in range(5):
             model.step(x)
     flops = counter.total / 5
     if compiled:
         compile_networks(model)
-    for _ in range(3):
+    for _ in range(5):
         model.step(x)
     if cuda:
         torch.cuda.synchronize()
@@ -1435,8 +1489,9 @@ def benchmark(model, x, steps, compiled=False):
     if cuda:
         torch.cuda.synchronize()
     seconds = (time.perf_counter() - began) / steps
-    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"images_per_s": round(len(x) / seconds, 1), "ms_per_step": round(seconds * 1e3, 2), "batch": len(x),
+    peak = torch.cuda.max_memory_allocated() if cuda else \
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)      # bytes, KiB
+    return {"steps": steps, "images_per_s": round(len(x) / seconds, 1), "ms_per_step": round(seconds * 1e3, 2), "batch": len(x),
             "gflop_per_step": float(f"{flops / 1e9:.4g}"),
             "tflop_per_s": float(f"{flops / seconds / 1e12:.3g}"), "peak_memory_mib": peak >> 20}
 
@@ -1554,6 +1609,11 @@ def run_cli(main):
     except Interrupted as error:
         print(f"\n{pathlib.Path(sys.argv[0]).name}: {error.args[0]}", file=sys.stderr)
         return 128 + error.args[1]
+    except OSError as error:                                # no permission, a full disk, a name too long
+        if error.errno is None:
+            raise
+        print(f"{pathlib.Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:                               # before the loop, when there is nothing to save yet
         return 128 + signal.SIGINT
     finally:
@@ -1629,7 +1689,7 @@ def train(config, machine, folder, state=None):
     machine.seed_ranks()
     if state is not None:
         restore(state, model, batches, machine)
-        start, best = state["step"], state["best"]
+        start, best = state["step"], best_so_far(state, config, folder)
         run.forget_after(start)
     if config.compile:
         compile_networks(model)
@@ -1655,15 +1715,18 @@ def draw(config, machine, state, folder, n):
 def unused_flags(config):
     """The flags that mean nothing to `config.model`."""
     if not config.bridge:
-        unused = {"mrgan": ("k", "e_sign"), "ivdcgan": (), "ivlsgan": ()}
-        return ("t", "e_loss", *unused.get(config.model, ("k", "mu", "lam", "e_steps", "e_sign")))
+        if config.model in ("ivdcgan", "ivlsgan"):
+            unused = () if max(config.mu, config.lam, config.mu_e, config.lam_e) else ("k", "e_steps", "e_sign")     # no E
+        else:
+            unused = ("k", "e_sign") if config.model == "mrgan" else ("k", "mu", "lam", "e_steps", "e_sign")
+        return ("t", "e_loss", *unused)
     return ("ema", "k", "e_steps", "e_sign", "d_norm") + (("t", "e_loss", "mu") if config.bridge == "mmd" else ())
 
 
 def main(argv=None):
     """The command line; returns the exit code."""
     parser = Parser(prog=f"{FILE}.py", description=__doc__.splitlines()[0])
-    shared_flags(parser, (*MODELS, *IVAAE_MODELS))
+    instead = shared_flags(parser, (*MODELS, *IVAAE_MODELS))
     parser.add_argument("--k", type=int, metavar="X", help="blocks, so interventions (Table 4)")
     parser.add_argument("--mu", type=float, metavar="X", help="weight of the intervention loss (Table 4)")
     parser.add_argument("--lam", type=float, metavar="X", help="weight of the reconstruction loss")
@@ -1672,8 +1735,8 @@ def main(argv=None):
     parser.add_argument("--d-norm", choices=("table1", "dcgan", "none"), help="batch normalisation in D (D2)")
     parser.add_argument("--t", type=int, metavar="X", help="IVAAE: bridge distributions")
     parser.add_argument("--e-loss", choices=("iv", "prior"), help="IVAAE: E's objective (D15)")
-    parser.add_argument("--probe", choices=("discriminator", "classifier"),
-                        help="with --resume: IVAAE's Figs. 2 and 3, or 5; --steps long")
+    instead.add_argument("--probe", choices=("discriminator", "classifier"),
+                         help="with --resume: IVAAE's Figs. 2 and 3, or 5; --steps long")
     parser.add_argument("--ema", type=float, metavar="X", help="decay of an average of G's weights")
     args = vars(parser.parse_args(argv))
     for name in ("sample", "probe"):
@@ -1681,7 +1744,8 @@ def main(argv=None):
             raise UserError(f"--{name} needs --resume RUN, a finished run")
     state = load_checkpoint(args["resume"], FILE) if args["resume"] else None
     config = settings(args, state, preset)
-    if args["inception"] and args["samples"] is None and not config.bridge:
+    if args["inception"] and args["samples"] is None and state is None and not config.bridge \
+            and not config.dataset.startswith("stacked-"):                    # of which PacGAN's protocol takes 26,000
         config.samples = FID_SAMPLES.get(config.dataset, 50_000)
     config.check()
     refuse(args, config, unused_flags(config))
@@ -1701,7 +1765,8 @@ def main(argv=None):
         draw(config, machine, state, folder, args["sample"])
     else:
         train(config, machine, folder, state)
-        print(f"run: {folder}")
+        if machine.rank == 0:
+            print(f"run: {folder}")
     return 0
 
 

@@ -129,6 +129,11 @@ def test_batches_resume_bit_for_bit(kind):
             assert torch.equal(x, x2) and torch.equal(y, y2)
 
 
+def test_any_seed_will_do():
+    first = [next(Batches(counted(40), 10, seed=seed))[0] for seed in (2**62, 2**62 + 1)]
+    assert not torch.equal(*first)
+
+
 def test_ranks_share_one_permutation():
     whole = Batches(counted(103), 100, seed=1)
     order = indices(next(whole)[0])
@@ -2160,6 +2165,61 @@ def test_sample_and_bench(pictures, tmp_path, capsys):
     assert cli(ivgen, "--bench", 2, "--width", 4, "--size", 32, "--batch", 4, "--device", "cpu") == 0
     timed = json.loads(capsys.readouterr().out)
     assert min(timed[k] for k in ("images_per_s", "gflop_per_step", "tflop_per_s", "peak_memory_mib")) > 0
+    assert timed["steps"] == 5                                      # a whole round of WGAN's
+
+
+def test_a_relative_folder_is_found_again_and_commands_are_kept(pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(pictures.parent)
+    run = tmp_path / "here" / "run"
+    assert cli(ivgen, *quick(pictures.name, tmp_path, "--steps", 1, "--out", run)) == 0
+    monkeypatch.chdir(run)
+    assert cli(ivgen, "--resume", ".", "--steps", 2, "--device", "cpu") == 0
+    monkeypatch.setattr(sys, "argv", ["ivgen.py", "third"])
+    assert cli(ivgen, "--resume", ".", "--steps", 3, "--device", "cpu") == 0
+    config = json.loads((run / "config.json").read_text())
+    assert config["dataset"] == str(pictures) and config["command"] == "ivgen.py third" and len(config["earlier_commands"]) == 2
+    (run / "config.json").write_text("{")                           # damaged: no reason not to go on
+    assert cli(ivgen, "--resume", ".", "--steps", 4, "--device", "cpu") == 0
+    capsys.readouterr()
+    assert cli(ivgen, *quick(pictures, tmp_path, "--steps", 1, "--out", ".")) == 2
+    assert "cannot be moved aside from within" in capsys.readouterr().err
+
+
+def test_best_starts_anew_with_another_metric_or_folder(tmp_path):
+    state, config = {"best": .5, "config": {"inception": ""}}, types.SimpleNamespace(inception="")
+    assert ivgen.best_so_far(state, config, tmp_path) is None       # no best.pt here
+    (tmp_path / "best.pt").touch()
+    assert ivgen.best_so_far(state, config, tmp_path) == .5
+    assert ivgen.best_so_far(state, types.SimpleNamespace(inception="auto"), tmp_path) is None      # fid now, not fcd
+
+
+@pytest.mark.parametrize("dataset, flags, samples", [
+    ("stacked-mnist", (), 26_000), ("stacked-mnist", ("--inception", "auto"), 26_000),     # PacGAN's
+    ("cifar10", ("--inception", "auto"), 50_000), ("mnist", ("--inception", "auto"), 60_000), ("mnist", (), 10_000)])
+def test_samples_are_the_protocols(dataset, flags, samples, monkeypatch):
+    seen = []
+    monkeypatch.setattr(ivgen, "train", lambda config, *_: seen.append(config.samples))
+    assert cli(ivgen, "--dataset", dataset, "--device", "cpu", *flags) == 0 and seen == [samples]
+
+
+def test_a_flipped_bit_anywhere_in_a_checkpoint_is_noticed_or_harmless(tmp_path):
+    keys = ("file", "model", "config", "step", "weights", "optimisers", "scaler", "batches", "rng", "best")
+    state = dict.fromkeys(keys) | {"file": "ivgen", "weights": {"w": torch.arange(50.)}}
+    path, refused = tmp_path / "last.pt", 0
+    torch.save(state, path)
+    whole = path.read_bytes()
+    inside = whole.index(torch.arange(50.).numpy().tobytes())
+    for position in [*range(inside, inside + 200, 20), *range(0, len(whole), 11)]:
+        changed = bytearray(whole)
+        changed[position] ^= 4
+        path.write_bytes(changed)
+        try:
+            assert torch.equal(ivgen.load_checkpoint(path, "ivgen")["weights"]["w"], torch.arange(50.))
+        except ivgen.UserError:
+            refused += 1
+        else:
+            assert not inside <= position < inside + 200
+    assert refused > 20
 
 
 def test_two_processes_train_one_model(pictures, tmp_path):
@@ -2335,6 +2395,13 @@ BAD_FLAGS = {
     "unknown dataset": (["--dataset", "minst"], "mnist"),
     "no such folder": (["--dataset", "/nowhere/pictures"], "/nowhere/pictures"),
     "points": (["--dataset", "grid25"], "needs images"),
+    "too many steps": (["--steps", "1" + "0" * 20], "argument --steps: 1" + "0" * 20 + " is too large"),
+    "too large": (["--size", str(2 ** 60)], "is too large"),
+    "too long a name": (["--resume", "x" * 300], "name too long"),
+    "unset variable": (["--resume", ""], "argument --resume: an empty path was given"),
+    "two things at once": (["--resume", "RUN", "--sample", "2", "--bench", "2"], "not allowed with argument"),
+    "no encoder to use it": (["--mu", "0", "--lam", "0", "--e-steps", "2"], "--e-steps does nothing"),
+    "timing of nothing": (["--bench", "2", "--dataset", "/nowhere/pictures"], "/nowhere/pictures"),
 }
 
 
@@ -4355,9 +4422,11 @@ def test_a_resumed_run_remembers_its_best(module, args, tmp_path):
     run = tmp_path / "run"
     assert cli(module, *args(tmp_path, "--steps", 4, "--eval-every", 4, "--out", run)) == 0
     torch.save(torch.load(run / "last.pt", weights_only=True) | {"best": -1e9}, run / "last.pt")
-    (run / "best.pt").unlink()
+    (run / "best.pt").write_bytes(b"kept")
     assert cli(module, "--resume", run, "--steps", 8, "--device", "cpu") == 0
-    assert not (run / "best.pt").exists() and torch.load(run / "last.pt", weights_only=True)["best"] == -1e9
+    assert (run / "best.pt").read_bytes() == b"kept" and torch.load(run / "last.pt", weights_only=True)["best"] == -1e9
+    assert cli(module, "--resume", run, "--steps", 12, "--device", "cpu", "--out", tmp_path / "new") == 0
+    assert torch.load(tmp_path / "new" / "best.pt", weights_only=True)["step"] == 12        # a new folder gets its own
 
 
 # ======================================================================================================================
