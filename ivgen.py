@@ -1036,7 +1036,7 @@ class Machine:
         try:
             self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device)
             torch.empty(1, device=self.device).item()
-        except (RuntimeError, AssertionError) as error:
+        except (RuntimeError, AssertionError, ImportError) as error:
             raise UserError(f"--device {device} cannot be used here ({str(error).splitlines()[0][:80]}); "
                             "give auto, cpu, cuda or cuda:0") from None
         cuda = self.device.type == "cuda"
@@ -1135,7 +1135,7 @@ class Run:
             return
         earlier = []
         try:
-            if (self.folder / "config.json").exists() and not resume:
+            if not resume and any((self.folder / name).exists() for name in ("config.json", "log.jsonl", "last.pt")):
                 if pathlib.Path.cwd().is_relative_to(self.folder.resolve()):
                     raise UserError(f"--out {self.folder} holds a run, which cannot be moved aside from within; choose another")
                 n = next(n for n in itertools.count(1) if not self.folder.with_name(f"{self.folder.name}.{n}").exists())
@@ -1171,16 +1171,17 @@ class Run:
         """Drops log lines past the checkpoint being resumed (and a line torn by a kill): they are about to be redone."""
         if not self.main:
             return
-        kept = []
-        for line in (self.folder / "log.jsonl").read_text().splitlines():
+        kept, path = [], self.folder / "log.jsonl"
+        for line in path.read_text(errors="replace").splitlines():
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
-            except ValueError:
+            except (ValueError, TypeError, LookupError):
                 pass
         self.log_file.close()
-        (self.folder / "log.jsonl").write_text("".join(kept))
-        self.log_file = open(self.folder / "log.jsonl", "a")
+        path.with_suffix(".tmp").write_text("".join(kept))
+        os.replace(path.with_suffix(".tmp"), path)
+        self.log_file = open(path, "a")
 
     def add(self, step, losses):
         """Keeps one step's losses on the device: reading each at once would stall a GPU."""
@@ -1234,7 +1235,8 @@ class Run:
 
     def say(self, step, metrics):
         """One line a person reads, at each evaluation."""
-        shown = {k: f"{v:.4g}" for k, v in metrics.items() if isinstance(v, (int, float))}
+        shown = {k: f"{v:.4g}" if isinstance(v, (int, float)) else v for k, v in metrics.items()
+                 if k != "protocol" and not isinstance(v, list)}
         print("\r\033[K" if sys.stderr.isatty() else "", end="", file=sys.stderr, flush=True)
         print(f"step {step}: " + "  ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
 
@@ -1243,22 +1245,28 @@ class Run:
         return (self.machine.world == 1 or step % 20 == 0) and self.machine.agree(self.signal > 0)
 
     def save(self, name, file, model, step, batches, config, best):
-        """Everything that resuming needs, as tensors and plain values; to a temporary name, then renamed."""
+        """Everything that resuming needs, as tensors and plain values; to a temporary name, then renamed. Raises UserError
+        if that cannot be written, for want of space for instance: what was saved before stays."""
         state = {"file": file, "model": config["model"], "config": config, "step": step, "best": best,
                  "weights": model.state_dict(), "optimisers": {k: o.state_dict() for k, o in model.optimisers.items()},
                  "scaler": self.machine.scaler.state_dict(), "batches": batches.state_dict(),
                  "rng": self.machine.rng_state()}
         if self.main:
-            torch.save(state, self.folder / f"{name}.tmp")
-            os.replace(self.folder / f"{name}.tmp", self.folder / name)
+            try:
+                torch.save(state, self.folder / f"{name}.tmp")
+                os.replace(self.folder / f"{name}.tmp", self.folder / name)
+            except (OSError, RuntimeError) as error:        # torch reports a full disk as a RuntimeError
+                (self.folder / f"{name}.tmp").unlink(missing_ok=True)
+                raise UserError(f"step {step}: {self.folder / name} cannot be written ({str(error).splitlines()[0][:80]}); the "
+                                "last one saved is whole") from None
 
 
 def earlier_commands(path):
     """The commands of a run's config.json, the first one first; none where there is no such file, or a damaged one."""
     try:
         before = json.loads(path.read_text())
-        return [*before["earlier_commands"], before["command"]]
-    except (OSError, ValueError, LookupError, TypeError):
+        return [*before.get("earlier_commands", ()), before["command"]]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return []
 
 
@@ -1304,9 +1312,9 @@ def restore(state, model, batches, machine):
 
 
 def best_so_far(state, config, folder):
-    """What best.pt was kept by, of a resumed run; None if another metric decides from here on, or in a new folder."""
-    same = state["config"].get("inception") == config.inception and (pathlib.Path(folder) / "best.pt").exists()
-    return state["best"] if same else None
+    """What best.pt was kept by, of a resumed run; None if another protocol decides from here on, or in a new folder."""
+    same = all(state["config"].get(name) == getattr(config, name) for name in ("inception", "samples"))
+    return state["best"] if same and (pathlib.Path(folder) / "best.pt").exists() else None
 
 
 def folder_of(args, default):
@@ -1395,13 +1403,8 @@ def settings(args, state, preset):
     A rate or weight whose companions have values of their own ("lr": "lr_e", "lr_d") takes them along, in proportion.
     Raises UserError for a flag that asks for another model than the checkpoint holds, and for a dataset there is not.
     """
-    from data import IMAGE_SETS, POINT_SETS, load
-
-    if args["dataset"] not in (None, *IMAGE_SETS, *POINT_SETS):
-        folder = os.path.expanduser(args["dataset"])
-        if not os.path.isdir(folder):
-            load(args["dataset"])                           # says what is wrong with it
-        args["dataset"] = os.path.abspath(folder)           # so that the run can be resumed from anywhere
+    if args["dataset"] is not None:
+        args["dataset"] = whole_name(args["dataset"])
     if state is None:
         config = preset(args["model"], args["dataset"])
     else:
@@ -1412,7 +1415,8 @@ def settings(args, state, preset):
     given = {f.name: args[f.name] for f in dataclasses.fields(config) if args.get(f.name) is not None}
     for name, value in given.items():
         before = getattr(config, name)
-        if state is not None and value != before and name not in FREE:
+        moved = name == "dataset" and os.path.isabs(before) and os.path.isabs(value)       # a folder, which may have moved
+        if state is not None and value != before and name not in FREE and not moved:
             raise UserError(f"--resume: the run has {name} {before}, not {value}; leave --{name.replace('_', '-')} out")
         setattr(config, name, value)
         for other in (f"{name}_e", f"{name}_d") if state is None and before else ():
@@ -1434,6 +1438,20 @@ def versions():
     revision = ask("rev-parse", "--short", "HEAD") + ("+" if ask("status", "--porcelain", "-uno") else "")
     return {"python": sys.version.split()[0], "torch": torch.__version__, "torchvision": torchvision.__version__,
             "revision": revision or None, "threads": torch.get_num_threads()}
+
+
+def whole_name(dataset):
+    """The name of a set, or the absolute path of a folder, from anywhere the same. Raises UserError if it is neither."""
+    try:
+        from data import IMAGE_SETS, POINT_SETS, load
+    except ModuleNotFoundError:                             # a file alone can still --bench
+        return dataset
+    if dataset in IMAGE_SETS + POINT_SETS:
+        return dataset
+    folder = os.path.expanduser(dataset)
+    if not os.path.isdir(folder):
+        load(dataset)                                       # says what is wrong with it
+    return os.path.abspath(folder)
 
 
 def compile_networks(model):
@@ -1598,10 +1616,13 @@ def run_cli(main):
         print(f"{pathlib.Path(sys.argv[0]).name}: put {error.name}.py beside it, which training needs", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        if "allocate memory" not in str(error) and "out of memory" not in str(error):
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            what = f"--compile failed ({str(error).splitlines()[0][:80]}): it needs a C++ compiler or Triton; leave it out"
+        elif any(sign in str(error) for sign in ("allocate memory", "out of memory", "size calculation overflowed")):
+            what = "out of memory; try a smaller --batch, --width, --latent, --size or number of samples"
+        else:
             raise
-        print(f"{pathlib.Path(sys.argv[0]).name}: out of memory; try a smaller --batch, --width, --latent or --size",
-              file=sys.stderr)
+        print(f"{pathlib.Path(sys.argv[0]).name}: {what}", file=sys.stderr)
         return 2
     except NotFinite as error:
         print(f"\n{pathlib.Path(sys.argv[0]).name}: {error}", file=sys.stderr)

@@ -19,6 +19,7 @@ import os
 import pathlib
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -2186,11 +2187,59 @@ def test_a_relative_folder_is_found_again_and_commands_are_kept(pictures, tmp_pa
 
 
 def test_best_starts_anew_with_another_metric_or_folder(tmp_path):
-    state, config = {"best": .5, "config": {"inception": ""}}, types.SimpleNamespace(inception="")
+    state = {"best": .5, "config": {"inception": "", "samples": 50}}
+    config = types.SimpleNamespace(inception="", samples=50)
     assert ivgen.best_so_far(state, config, tmp_path) is None       # no best.pt here
     (tmp_path / "best.pt").touch()
     assert ivgen.best_so_far(state, config, tmp_path) == .5
-    assert ivgen.best_so_far(state, types.SimpleNamespace(inception="auto"), tmp_path) is None      # fid now, not fcd
+    assert ivgen.best_so_far(state, types.SimpleNamespace(inception="auto", samples=50), tmp_path) is None  # fid now, not fcd
+    assert ivgen.best_so_far(state, types.SimpleNamespace(inception="", samples=60), tmp_path) is None      # less biased
+
+
+def test_a_run_outlives_a_damaged_log_a_moved_folder_and_a_full_disk(pictures, tmp_path, monkeypatch, capsys):
+    run, first = tmp_path / "run", tmp_path / "first"
+    shutil.copytree(pictures, first)
+    assert cli(ivgen, *quick(first, tmp_path, "--steps", 1, "--out", run)) == 0
+    lines = (run / "log.jsonl").read_bytes()
+    (run / "log.jsonl").write_bytes(lines + b'[1]\n{"a": 1}\n{"step": "x"}\n\xff\xfe\n')
+    first.rename(tmp_path / "second")
+    assert cli(ivgen, "--resume", run, "--steps", 2, "--device", "cpu") == 2
+    assert cli(ivgen, "--resume", run, "--steps", 2, "--device", "cpu", "--dataset", tmp_path / "second") == 0
+    log = (run / "log.jsonl").read_bytes()
+    assert log.startswith(lines) and {json.loads(line)["step"] for line in log.splitlines()} == {1, 2}
+    capsys.readouterr()
+
+    def full(*_):
+        raise RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 64 vs 0\nand a long tale")
+
+    whole = (run / "last.pt").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        assert cli(ivgen, "--resume", run, "--steps", 3, "--device", "cpu") == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert "step 3: " in err and "cannot be written" in err and (run / "last.pt").read_bytes() == whole
+    for name in ("config.json", "log.jsonl"):                       # still a run, and not to be written into
+        (run / name).unlink()
+    assert cli(ivgen, *quick(pictures, tmp_path, "--steps", 1, "--out", run)) == 0
+    assert (tmp_path / "run.1" / "last.pt").read_bytes() == whole
+
+
+def test_a_compiler_that_fails_is_a_sentence(pictures, tmp_path, monkeypatch, capsys):
+    def fails(model):
+        raise torch._dynamo.exc.TorchRuntimeError("no g++ here\nand a long tale")
+
+    monkeypatch.setattr(ivgen, "compile_networks", fails)
+    assert cli(ivgen, *quick(pictures, tmp_path, "--steps", 1, "--compile", "--out", tmp_path / "run")) == 2
+    assert "--compile failed (no g++ here)" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("module", ["ivgen", "aim", "latentmap"])
+def test_a_file_alone_can_be_timed(module, tmp_path):
+    shutil.copy(Path(data.__file__).with_name(f"{module}.py"), tmp_path)
+    flags = ["--bench", "1", "--batch", "4", "--device", "cpu", "--dataset", "mnist", "--width", "4", "--amp", "off"]
+    done = subprocess.run([sys.executable, f"{module}.py", *flags], cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": ""})
+    assert done.returncode == 0 and json.loads(done.stdout)["steps"] == 5, done.stderr
 
 
 @pytest.mark.parametrize("dataset, flags, samples", [
@@ -4382,6 +4431,8 @@ def test_too_large_a_model_is_a_sentence(tmp_path, capsys):
     assert "out of memory; try a smaller" in capsys.readouterr().err
     assert cli(aim, *aim_quick(tmp_path, "--device", "meta")) == 2
     assert "--device meta cannot be used here" in capsys.readouterr().err
+    assert cli(aim, *aim_quick(tmp_path, "--device", "hpu")) == 2
+    assert "--device hpu cannot be used here" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("module", [ivgen, aim, latentmap])
