@@ -1453,14 +1453,16 @@ def main(argv=None):
     if args["bench"]:
         shape = [config.batch, config.channels] + ([config.size] * 2 if config.size else [])
         x = torch.rand(shape, device=machine.device) * 2 - 1
-        print(json.dumps({"model": config.model, "size": config.size, "width": config.width, "device": str(machine.device),
-                          "precision": machine.amp, "compiled": config.compile}
-                         | benchmark(build(config, machine), x, args["bench"], config.compile)))
+        timed = benchmark(build(config, machine), x, args["bench"], config.compile)
+        if machine.rank == 0:
+            print(json.dumps({"model": config.model, "size": config.size, "width": config.width, "device": str(machine.device),
+                              "world": machine.world, "precision": machine.amp, "compiled": config.compile} | timed))
         return 0
     name = pathlib.Path(config.dataset).name
     folder = folder_of(args, f"runs/{FILE}-{config.model}-{name}-s{config.seed}")
     if args["sample"]:
-        draw(config, machine, state, folder, args["sample"])
+        if machine.rank == 0:
+            draw(config, machine, state, folder, args["sample"])
     else:
         train(config, machine, folder, state)
         if machine.rank == 0:

@@ -964,6 +964,8 @@ class Evaluator:
         labelled = is_labelled(train) and is_labelled(test)
         self.classifier = ClassifierFeatures(train, test, device, root) if labelled else None
         self.extractors = ([self.classifier] if self.classifier and not test.stacked else []) + inception_features
+        if not self.classifier and not inception:
+            print(f"{train.name} has no labels: without Inception weights samples are drawn but not scored", file=sys.stderr)
         # the Inception network takes minutes on a CPU, the classifier a second: only the former shows progress
         self.label = "Inception features" if inception else None
         self.reference = {e.metric: (test, self.count) for e in self.extractors}
