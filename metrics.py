@@ -603,14 +603,20 @@ def frechet_distance(mu1, cov1, mu2, cov2):
         raise ValueError(f"means must be (d,) and covariances (d, d) with one d, got {shapes}")
     if not all(torch.isfinite(t).all() for t in (mu1, cov1, mu2, cov2)):
         raise NotFinite("means and covariances must be finite, but some values are NaN or infinite")
-    for cov in (cov1, cov2):  # with a thousandth of its scale added a covariance has a Cholesky factor, whatever its rounding
-        slack = 1e-3 * cov.diagonal().abs().max() * torch.eye(d, dtype=cov.dtype, device=cov.device)
-        if cov.any() and torch.linalg.cholesky_ex(cov + slack).info:
-            raise ValueError("a covariance must be positive semidefinite, but one has negative eigenvalues")
     if torch.equal(mu1, mu2) and torch.equal(cov1, cov2):
+        check_semidefinite(cov1)
         return 0.0  # exactly; rounding would leave some 1e-10
     traces = (cov1.trace() + cov2.trace()).item()
     return max(0.0, (mu1 - mu2).square().sum().item() + traces - 2 * trace_of_root(cov1, cov2))
+
+
+def check_semidefinite(cov):
+    """ValueError for clearly negative eigenvalues: a thousandth of its scale makes up for rounding, and a Cholesky factor
+    exists."""
+    shifted = cov.clone()
+    shifted.diagonal().add_(1e-3 * cov.diagonal().abs().max())
+    if torch.linalg.cholesky_ex(shifted).info and cov.any():
+        raise ValueError("a covariance must be positive semidefinite, but one has negative eigenvalues")
 
 
 def trace_of_root(cov1, cov2):
@@ -625,9 +631,11 @@ def trace_of_root(cov1, cov2):
         factor, failed = torch.linalg.cholesky_ex(a)
         pivots = factor.diagonal().square()
         if not failed and pivots.min() > least * pivots.max():
+            check_semidefinite(b)
             return torch.linalg.eigvalsh(factor.T @ b @ factor).clamp(min=0).sqrt().sum().item()
     factors = []
     for a in (cov1, cov2):
+        check_semidefinite(a)
         values, vectors = torch.linalg.eigh(a)
         kept = values > least * values[-1]
         factors.append(vectors[:, kept] * values[kept].sqrt())
