@@ -219,8 +219,6 @@ class Config:
             raise UserError(f"--t {self.t} does not divide the latent dimension {self.latent} into blocks")
         if self.network == "conv" and self.size != 64:
             raise UserError(f"--size {self.size}: Table 4's networks are for 64 pixels")
-        if self.size < 8:
-            raise UserError(f"--size {self.size} is too small")
 
 
 LSGAN_NOISE = ((0, .05), (.125, .01), (.25, .001), (.5, 0.))       # author code: epochs 0, 50, 100, 200 of 400

@@ -440,14 +440,14 @@ def test_lsun_without_lmdb_and_without_its_files(tmp_path, monkeypatch):
         load("lsun-church", tmp_path, split="test")
 
 
-def test_lsun_is_read_from_lmdb(tmp_path, monkeypatch):
+@pytest.fixture
+def church(tmp_path, monkeypatch):
+    """lsun-church under tmp_path / "root", read by a stand-in for lmdb: its `stored` pictures, its `file`, its `lmdb`."""
     stored = {}
     for i in range(3):
         file = io.BytesIO()
         Image.new("RGB", (40, 30), (10 * i, 20, 30)).save(file, "png")
         stored[f"key{i}".encode()] = file.getvalue()
-
-    file_size, refuses = 8192, False
 
     class Environment:  # what data.py asks of lmdb's
         def info(self):
@@ -475,30 +475,29 @@ def test_lsun_is_read_from_lmdb(tmp_path, monkeypatch):
             return stored[key]
 
     lmdb = types.ModuleType("lmdb")
-    lmdb.Error = type("Error", (Exception,), {})
-
-    def opened(path, **kwargs):
-        if refuses:
-            raise lmdb.Error
-        return Environment()
-
-    lmdb.open = opened
+    lmdb.Error, lmdb.open = type("Error", (Exception,), {}), lambda path, **kwargs: Environment()
     monkeypatch.setitem(sys.modules, "lmdb", lmdb)
+    file = tmp_path / "root" / "church_outdoor_train_lmdb" / "data.mdb"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"stands for the database".ljust(8192))
+    return types.SimpleNamespace(stored=stored, file=file, lmdb=lmdb)
+
+
+def test_lsun_is_read_from_lmdb(church, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "root" / "church_outdoor_train_lmdb"
-    folder.mkdir(parents=True)
-    (folder / "data.mdb").write_bytes(b"stands for the database".ljust(file_size))
     got = load("lsun-church", tmp_path / "root")
     assert got.x.shape == (3, 3, 64, 64) and got.x[2, :, 5, 5].tolist() == [20, 20, 30] and got.y is None
     assert os.listdir(tmp_path) == ["root"]  # no pickle of the keys left in the current folder
-    stored.clear()
-    with pytest.raises(UserError, match="damaged or was copied in part"):   # without keys
-        load("lsun-church", tmp_path / "root")
-    stored[b"key"] = b""
-    (folder / "data.mdb").write_bytes(b"half".ljust(file_size // 2))        # lmdb itself would die of SIGBUS
-    with pytest.raises(UserError, match="damaged or was copied in part"):
-        load("lsun-church", tmp_path / "root")
-    refuses = True
+
+
+@pytest.mark.parametrize("damage", ["no keys", "half of it", "not opened"])
+def test_a_damaged_lsun_is_one_sentence(church, damage, tmp_path):
+    if damage == "no keys":
+        church.stored.clear()
+    elif damage == "half of it":                                            # lmdb itself would die of SIGBUS
+        church.file.write_bytes(b"half".ljust(4096))
+    else:
+        church.lmdb.open = lambda path, **kwargs: (_ for _ in ()).throw(church.lmdb.Error)
     with pytest.raises(UserError, match="damaged or was copied in part"):
         load("lsun-church", tmp_path / "root")
 
