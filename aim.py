@@ -50,6 +50,8 @@ Where this file departs from the paper, or had to choose (D1...):
       learns the cycle by a second discriminator on the pairs (x, x) and (x, G(z)) instead.
   D9  BN's scales start at 1 (paper: weights N(0, .02), biases 0; silent on BN). G's running statistics, which `sample` uses,
       follow draws of the prior alone, not ALICE's G(z), z ~ q(z|x).
+  D10 Table 1's inception scores of MNIST are by "the pre-trained classifier from Li et al. (2017)", a TensorFlow file. `is_li`
+      is by that network trained anew (metrics.LI; some minutes on a CPU, once); `is`, as in the other files, by the small one.
 
 Run it.  python aim.py                                      AIM on the grid of 25 Gaussians (Fig. 3, Table 2), minutes, offline
          python aim.py --model gan                          ... and its baselines: gan, ali, alice, alice-adv
@@ -1385,7 +1387,8 @@ def train(config, machine, folder, state=None):
     evaluator = None
     if machine.rank == 0:
         evaluator = PointMetrics(test_set, config.samples, config.latent) if config.size == 0 else \
-            Evaluator(train_set, test_set, config.size, machine.device, config.root, config.samples, config.inception or None)
+            Evaluator(train_set, test_set, config.size, machine.device, config.root, config.samples, config.inception or None,
+                      li=train_set.name == "mnist")         # Table 1: "the pre-trained classifier from Li et al. (2017)"
     run = Run(folder, dataclasses.asdict(config), machine, resume=state is not None)
     shown = 10_000 if config.size == 0 else 2000 if config.latent == 2 else 100     # Fig. 3; Fig. 4; the other pictures
     test = next(ordered(test_set, shown, shown, "cpu", config.size or None))

@@ -1323,6 +1323,64 @@ def test_classifiers_features_are_float32_under_a_callers_autocast(sets, cache):
         assert all(torch.equal(a, b) for a, b in zip(plain, features(sets[1].x[:8])))
 
 
+def test_distorted_images_are_turned_and_moved_as_far_as_said():
+    """Li et al.'s copies: up to 15 degrees and 2 pixels, one in five untouched, black where nothing was."""
+    dot = torch.full((2000, 1, 28, 28), -1.)
+    dot[:, :, 10:14, 17:21] = 1.                                    # centre (11.5, 18.5), 5.83 from the picture's (13.5, 13.5)
+    weight = lambda x: (x + 1).flatten(1) / (x + 1).flatten(1).sum(1, keepdim=True)
+    rows, cols = (g.flatten().double() for g in torch.meshgrid(torch.arange(28.), torch.arange(28.), indexing="ij"))
+    centre = lambda x: torch.stack([weight(x.double()) @ rows, weight(x.double()) @ cols], 1) - 13.5
+    torch.manual_seed(0)
+    moved = centre(metrics.distort(dot, 0, 2, 0.)) - centre(dot)
+    assert 1.9 < moved[:, 0].max() <= 2.001 and -2.001 <= moved[:, 1].min() < -1.9 and moved.mean(0).abs().max() < .1
+    turned = centre(metrics.distort(dot, 15, 0, 0.))
+    assert turned.norm(dim=1).sub(centre(dot).norm(dim=1)).abs().max() < .1                   # about the middle
+    angle = torch.rad2deg(torch.atan2(turned[:, 0], turned[:, 1]) - torch.atan2(centre(dot)[:, 0], centre(dot)[:, 1]))
+    assert 14 < angle.max() < 15.5 and -15.5 < angle.min() < -14
+    mixed = metrics.distort(dot, 15, 2, .2)
+    same = (mixed - dot).flatten(1).abs().amax(1) < 1e-4
+    assert .15 < same.double().mean() < .25 and mixed.min() > -1.001 and mixed[:, :, 25:].max() < -.999
+
+
+def test_li_classifier_is_li_et_al_s_and_scores_what_it_is_asked_to(sets, cache, monkeypatch):
+    """AIM's Table 1 scores MNIST by it: surer than the small one, trained once, and an evaluation's random numbers stay."""
+    net = metrics.build_classifier(metrics.LI, 10)
+    shapes = [tuple(p.shape) for p in net.parameters() if p.dim() > 1]
+    assert shapes == [(32, 1, 5, 5), (64, 32, 5, 5), (1024, 3136), (10, 1024)]
+    features, logits = net(torch.zeros(3, 1, 28, 28))
+    assert features.shape == (3, 1024) and logits.shape == (3, 10) and features.min() >= 0
+    monkeypatch.setitem(metrics.LI, "epochs", 3)
+    evaluator = metrics.Evaluator(*sets, 16, root=cache, samples=300, batch=100, li=True)
+    real = data.to_float(sets[1].x)
+    before = torch.random.get_rng_state()
+    result = evaluator(lambda n: real[torch.randint(len(real), (n,))])
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert evaluator.li.accuracy > .9 and 3.5 < result["is_li_real"] <= 4 and 3.5 < result["is_li"] <= 4
+    probs = evaluator.li(sets[1].x)[1].double().softmax(1)
+    assert result["is_li_real"] == pytest.approx(metrics.inception_score(probs)[0], rel=1e-5)
+    one = evaluator(lambda n: real[:1].expand(n, -1, -1, -1))       # a single image: nothing to tell apart
+    assert one["is_li"] == pytest.approx(1, abs=1e-5) and one["is_li_std"] == pytest.approx(0, abs=1e-5)
+    assert "is_li: Li et al.'s classifier" in result["protocol"]
+    monkeypatch.setattr(metrics, "train_classifier", lambda *_: pytest.fail("trained again"))
+    plain = metrics.Evaluator(*sets, 16, root=cache, samples=300, batch=100)(lambda n: real[:n])
+    again = metrics.Evaluator(*sets, 16, root=cache, samples=300, batch=100, li=True)(lambda n: real[:1].expand(n, -1, -1, -1))
+    assert "is_li" not in plain and again == one
+    coloured = dataclasses.replace(sets[1], x=sets[1].x.expand(-1, 3, -1, -1))
+    with pytest.raises(ValueError, match="grey"):
+        metrics.Evaluator(coloured, coloured, 16, root=cache, samples=300, li=True)
+
+
+def test_aim_scores_mnist_by_li_et_al_s_classifier_and_nothing_else(tmp_path, monkeypatch):
+    for folder in ("MNIST", "FashionMNIST"):
+        write_mnist(tmp_path, 40, folder)
+    monkeypatch.setitem(metrics.LI, "epochs", 1)
+    flags = ["--steps", "1", "--batch", "10", "--samples", "20", "--device", "cpu", "--root", str(tmp_path), "--width", "4"]
+    for dataset, asked in (("mnist", True), ("fashion-mnist", False)):
+        assert cli(aim, "--dataset", dataset, *flags, "--out", str(tmp_path / dataset)) == 0
+        last = json.loads((tmp_path / dataset / "log.jsonl").read_text().splitlines()[-1])
+        assert ("is_li" in last) == ("is_li_real" in last) == asked and "is" in last
+
+
 def test_classifier_needs_labels(sets, cache):
     bare = data.Dataset("bare", "train", sets[0].x, None, 0)
     with pytest.raises(metrics.UserError, match="no labels"):
