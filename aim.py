@@ -51,11 +51,12 @@ Where this file departs from the paper, or had to choose (D1...):
   D9  BN's scales start at 1 (paper: weights N(0, .02), biases 0; silent on BN). G's running statistics, which `sample` uses,
       follow draws of the prior alone, not ALICE's G(z), z ~ q(z|x).
   D10 Table 1's inception scores of MNIST are by "the pre-trained classifier from Li et al. (2017)", a TensorFlow file. `is_li`
-      is by that network trained anew (metrics.LI; some minutes on a CPU, once); `is`, as in the other files, by the small one.
+      is by that network trained anew (metrics.LI; ten minutes or more on a CPU, once); `is`, as in the other files, by the
+      small one.
 
 Run it.  python aim.py                                      AIM on the grid of 25 Gaussians (Fig. 3, Table 2), minutes, offline
          python aim.py --model gan                          ... and its baselines: gan, ali, alice, alice-adv
-         python aim.py --dataset mnist                      Table 3: 28 x 28, 400 epochs
+         python aim.py --dataset mnist                      Table 3: 28 x 28, 400 epochs (first it trains D10's classifier)
          python aim.py --dataset mnist --latent 2           Fig. 4: codes by class and the decoded manifold
          python aim.py --dataset cifar10 --model aim-minus  Table 4: 64 x 64, 300 epochs; sigma = 1
 What to expect: of `python aim.py`, on two CPU cores, all 25 modes and 85 to 90 % of samples within 3 sigma, in five minutes.
@@ -546,16 +547,6 @@ class ALI(AIM):
     def code_distribution(self, x):
         return self.E(x)
 
-    def apart(self, network, y):
-        """`network(y)`, of which the running BN statistics, with which `encode` and `decode` work, take no notice (D9)."""
-        norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-        for norm in norms:
-            norm.momentum = 0.
-        out = network(y)
-        for norm in norms:
-            norm.momentum = .1
-        return out
-
     def losses(self, x, z):
         """As AIM's: {"d": for D, "g": ALI's joint game for G and E, "e": lam times ALICE's cycle}."""
         c, x_tilde = self.config, self.G(z)
@@ -564,11 +555,11 @@ class ALI(AIM):
         real, fake = self.D(x, z_hat), self.D(x_tilde, z)
         losses = {"d": discriminator_loss(real, fake), "g": joint_loss(real, fake)}
         if self.lam and c.adversarial_cycle:
-            same, cycle = self.pairs(torch.cat([x, x], 1)), self.pairs(torch.cat([x, self.apart(self.G, z_hat)], 1))
+            same, cycle = self.pairs(torch.cat([x, x], 1)), self.pairs(torch.cat([x, apart(self.G, z_hat)], 1))
             losses["d"] = losses["d"] + self.lam * discriminator_loss(same, cycle)
             losses["e"] = self.lam * generator_loss(cycle)
         elif self.lam:
-            losses["e"] = self.lam * cycle_loss(x, self.apart(self.G, z_hat), c.k)
+            losses["e"] = self.lam * cycle_loss(x, apart(self.G, z_hat), c.k)
         return losses
 
 
@@ -1126,6 +1117,17 @@ def compile_networks(model):
         network.compile()
 
 
+def apart(network, y):
+    """`network(y)`, of which its running BN statistics, with which a model samples and encodes, take no notice."""
+    norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.momentum = 0.
+    out = network(y)
+    for norm in norms:
+        norm.momentum = .1
+    return out
+
+
 def load_both(config, machine):
     """The training and the test set of `config.dataset` (data.Dataset). Raises UserError if they do not go together."""
     from data import load
@@ -1388,7 +1390,7 @@ def train(config, machine, folder, state=None):
     if machine.rank == 0:
         evaluator = PointMetrics(test_set, config.samples, config.latent) if config.size == 0 else \
             Evaluator(train_set, test_set, config.size, machine.device, config.root, config.samples, config.inception or None,
-                      li=train_set.name == "mnist")         # Table 1: "the pre-trained classifier from Li et al. (2017)"
+                      li=config.dataset == "mnist")         # Table 1: "the pre-trained classifier from Li et al. (2017)"
     run = Run(folder, dataclasses.asdict(config), machine, resume=state is not None)
     shown = 10_000 if config.size == 0 else 2000 if config.latent == 2 else 100     # Fig. 3; Fig. 4; the other pictures
     test = next(ordered(test_set, shown, shown, "cpu", config.size or None))

@@ -588,20 +588,10 @@ class IVGAN(Coder):
         if self.E is not None:
             w = self.E(x).float()                                   # (B, C, S, S) -> (B, d)
             if c.lam or c.lam_e or c.mode_regularised:
-                out["x_w"] = self.apart(self.G, w)                  # the reconstruction G(E(x))
+                out["x_w"] = apart(self.G, w)                       # the reconstruction G(E(x))
             if not c.mode_regularised:
                 out["w_i"], out["index"] = self.intervene(w)
-                out["x_i"] = self.apart(self.G, out["w_i"])         # x' = G(O_i(E(x)))
-        return out
-
-    def apart(self, network, y):
-        """`network(y)`, of which the running BN statistics, with which `encode` and `decode` work, take no notice (D12)."""
-        norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-        for norm in norms:
-            norm.momentum = 0.
-        out = network(y)
-        for norm in norms:
-            norm.momentum = .1
+                out["x_i"] = apart(self.G, out["w_i"])              # x' = G(O_i(E(x)))
         return out
 
     def step(self, x):
@@ -659,7 +649,7 @@ class IVGAN(Coder):
             if c.mode_regularised and "x_w" in images:
                 losses["mode"] = fool = adversarial_loss_g("dcgan", self.D(self.noisy(images["x_w"]))[0])   # MRGAN (D9)
             elif "rec_x" in losses:
-                w_hat = self.apart(self.E, images["x_i"])
+                w_hat = apart(self.E, images["x_i"])
                 losses["rec_z"] = reconstruction_loss(w_hat, images["w_i"])                 # Eq. (6), second term
                 recon = recon + losses["rec_z"]
             if "x_i" in images and (c.mu or c.mu_e):
@@ -1458,6 +1448,17 @@ def compile_networks(model):
     torch._dynamo.config.cache_size_limit = 64              # of all networks in all their modes together; 8 are too few
     for network in model.children():
         network.compile()
+
+
+def apart(network, y):
+    """`network(y)`, of which its running BN statistics, with which a model samples and encodes, take no notice."""
+    norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.momentum = 0.
+    out = network(y)
+    for norm in norms:
+        norm.momentum = .1
+    return out
 
 
 def load_both(config, machine):

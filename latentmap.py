@@ -532,16 +532,6 @@ class Autoencoder(nn.Module):
     def code(self, x):
         return self.E(x)
 
-    def apart(self, network, y):
-        """`network(y)`, of which the running BN statistics, with which `encode` and `decode` work, take no notice (D10)."""
-        norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-        for norm in norms:
-            norm.momentum = 0.
-        out = network(y)
-        for norm in norms:
-            norm.momentum = .1
-        return out
-
     def infer(self, function, x):
         """`function(x)` with the networks in evaluation mode, without a graph."""
         training = self.training
@@ -606,7 +596,7 @@ class LatentMap(Autoencoder):
     def blend(self, code):
         """mu (B,) and x_mu, the decoding of each item's code mixed with its partner's."""
         mu = torch.rand(len(code), device=code.device) / 2          # U[0, .5]
-        return mu, self.apart(self.G, interpolate(code, mu))
+        return mu, apart(self.G, interpolate(code, mu))
 
     def update_autoencoder(self, x):
         """First phase: d `critic_steps` times by Eq. (9), then E and G by Eq. (10). Returns losses and codes (B, dim)."""
@@ -657,7 +647,7 @@ class VAE(Autoencoder):
 
     def posterior(self, x, made=False):
         """mu, log sigma^2 of q(z|x), (B, dim) each; the latter kept where its exponential is a number. made: x is G's."""
-        mu, log_var = (self.apart(self.E, x) if made else self.E(x)).chunk(2, 1)
+        mu, log_var = (apart(self.E, x) if made else self.E(x)).chunk(2, 1)
         return mu, log_var.clamp(-15, 10)
 
     def code(self, x):
@@ -733,13 +723,13 @@ class IntroVAE(VAE):
             x_rec = self.G(z)
             with torch.no_grad():
                 z_prior = self.prior(len(x))
-                x_gen = self.apart(self.G, z_prior)
+                x_gen = apart(self.G, z_prior)
             kl_rec, kl_gen = (kl_normal(*self.posterior(y, made=True)) for y in (x_rec.detach(), x_gen))    # ng() of Eq. (11)
         kl_real, error = kl_normal(mu, log_var), squared_error(x, x_rec) / 2
         loss_e = introvae_loss_e(kl_real, kl_rec, kl_gen, error, c.margin, c.alpha, c.beta)
         self.update("E", loss_e)
         with m.autocast():                                          # the same codes, for the E just moved
-            x_rec, x_gen = self.apart(self.G, z.detach()), self.G(z_prior)
+            x_rec, x_gen = apart(self.G, z.detach()), self.G(z_prior)
             kl_rec, kl_gen = (kl_normal(*self.posterior(y, made=True)) for y in (x_rec, x_gen))
         loss_g = introvae_loss_g(kl_rec, kl_gen, squared_error(x, x_rec) / 2, c.alpha, c.beta)
         self.update("G", loss_g)
@@ -754,16 +744,16 @@ class AGE(Autoencoder):
         return {"E": [*self.E.parameters()], "G": [*self.G.parameters()]}
 
     def code(self, x, made=False):
-        z = self.apart(self.E, x) if made else self.E(x)
+        z = apart(self.E, x) if made else self.E(x)
         return project(z) if self.config.prior == "sphere" else z
 
     def update_all(self, x):
         c, m = self.config, self.machine
         with m.autocast():
             real = self.code(x)
-            x_hat = self.apart(self.G, real)
+            x_hat = apart(self.G, real)
             with torch.no_grad():
-                made = self.apart(self.G, self.prior(len(x)))
+                made = apart(self.G, self.prior(len(x)))
             fake = self.code(made, made=True)
         loss_e = age_loss_e(real, fake, x, x_hat, c.age_mu)
         self.update("E", loss_e)
@@ -798,18 +788,18 @@ class ALAE(Autoencoder):
             with torch.no_grad():
                 made = self.G(self.to_code(self.prior(len(x))))
             seen = x.detach().requires_grad_()
-            real, fake = logit(self.E(seen)), logit(self.apart(self.E, made))
+            real, fake = logit(self.E(seen)), logit(apart(self.E, made))
         r1 = r1_penalty(real, seen)
         loss_d = gan_loss_d(real, fake)
         self.update("ED", loss_d + c.r1 / 2 * r1)
         with m.autocast():
-            fake = logit(self.apart(self.E, self.G(self.to_code(self.prior(len(x))))))
+            fake = logit(apart(self.E, self.G(self.to_code(self.prior(len(x))))))
         loss_g = gan_loss_g(fake)
         self.update("FG", loss_g)
         with m.autocast():
             with torch.no_grad():
                 w = self.to_code(self.prior(len(x)))
-            w_hat = self.apart(self.E, self.G(w))
+            w_hat = apart(self.E, self.G(w))
         reciprocity = reciprocity_loss(w, w_hat)
         self.update("AE", reciprocity)
         return {"D": loss_d, "r1": r1, "G": loss_g, "w": reciprocity}
@@ -1441,6 +1431,17 @@ def compile_networks(model):
     torch._dynamo.config.cache_size_limit = 64              # of all networks in all their modes together; 8 are too few
     for network in model.children():
         network.compile()
+
+
+def apart(network, y):
+    """`network(y)`, of which its running BN statistics, with which a model samples and encodes, take no notice."""
+    norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.momentum = 0.
+    out = network(y)
+    for norm in norms:
+        norm.momentum = .1
+    return out
 
 
 def load_both(config, machine):

@@ -1343,10 +1343,12 @@ def test_distorted_images_are_turned_and_moved_as_far_as_said():
 
 
 def test_li_classifier_is_li_et_al_s_and_scores_what_it_is_asked_to(sets, cache, monkeypatch):
-    """AIM's Table 1 scores MNIST by it: surer than the small one, trained once, and an evaluation's random numbers stay."""
+    """AIM's Table 1 scores MNIST by it. It is trained once, and the caller's random numbers stay."""
     net = metrics.build_classifier(metrics.LI, 10)
     shapes = [tuple(p.shape) for p in net.parameters() if p.dim() > 1]
-    assert shapes == [(32, 1, 5, 5), (64, 32, 5, 5), (1024, 3136), (10, 1024)]
+    assert shapes == [(32, 1, 5, 5), (64, 32, 5, 5), (1024, 3136), (10, 1024)] and net.head[0].p == .3      # it keeps .7
+    kinds = "Conv2d BatchNorm2d ReLU MaxPool2d Conv2d ReLU MaxPool2d Flatten Linear BatchNorm1d ReLU".split()
+    assert [type(m).__name__ for m in net.body] == kinds
     features, logits = net(torch.zeros(3, 1, 28, 28))
     assert features.shape == (3, 1024) and logits.shape == (3, 10) and features.min() >= 0
     monkeypatch.setitem(metrics.LI, "epochs", 3)
@@ -1379,6 +1381,9 @@ def test_aim_scores_mnist_by_li_et_al_s_classifier_and_nothing_else(tmp_path, mo
         assert cli(aim, "--dataset", dataset, *flags, "--out", str(tmp_path / dataset)) == 0
         last = json.loads((tmp_path / dataset / "log.jsonl").read_text().splitlines()[-1])
         assert ("is_li" in last) == ("is_li_real" in last) == asked and "is" in last
+    pictures = tmp_path / "of" / "mnist"                            # a folder of this name is not the data set
+    save_pictures(pictures, 20)
+    assert cli(aim, "--dataset", str(pictures), *flags, "--out", str(tmp_path / "folder")) == 0
 
 
 def test_classifier_needs_labels(sets, cache):
