@@ -907,8 +907,9 @@ def train_classifier(dataset, classes, recipe, device):
     cuda = device.type == "cuda"
     # elsewhere bf16 is emulated, and slower than float32
     native = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else torch.cpu._is_amx_tile_supported()
-    # the caller may be in no_grad or inference_mode
-    with seeded(device, recipe["seed"]), torch.inference_mode(False), torch.enable_grad():
+    # the caller may be in no_grad, in inference_mode, or in an autocast, whose cache would hold the first step's weights
+    alone = torch.autocast(device.type, enabled=False, cache_enabled=False)
+    with seeded(device, recipe["seed"]), torch.inference_mode(False), torch.enable_grad(), alone:
         net = build_classifier(recipe, classes).to(device, memory_format=torch.channels_last)
         if li:
             optimizer = torch.optim.Adam(net.parameters(), recipe["lr"], fused=device.type in ("cpu", "cuda"))
