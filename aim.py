@@ -59,7 +59,7 @@ Run it.  python aim.py                                      AIM on the grid of 2
          python aim.py --dataset mnist                      Table 3: 28 x 28, 400 epochs (first it trains D10's classifier)
          python aim.py --dataset mnist --latent 2           Fig. 4: codes by class and the decoded manifold
          python aim.py --dataset cifar10 --model aim-minus  Table 4: 64 x 64, 300 epochs; sigma = 1
-What to expect: of `python aim.py`, on two CPU cores, all 25 modes and 85 to 90 % of samples within 3 sigma, in five minutes.
+What to expect: of `python aim.py`, on two CPU cores, all 25 modes and 85 to 90 % of samples within 3 sigma, in 4 to 7 minutes.
 README.md has the command and the protocol of each number.
 """
 
