@@ -1,24 +1,25 @@
-"""Every dataset as one tensor, and batches of it on the device.
+"""What is on disk: data sets and batches of them; runs, logs and checkpoints; settings and flags.
 
-    dataset = load("digits")                             # x uint8 (60000, 1, 28, 28), y int64 (60000,)
+    dataset = load("digits")                             # x uint8 (60000, 1, 28, 28), y (60000,)
     batches = Batches(dataset, batch=64, device="cuda")  # endless, shuffled, resumable
-    x, y = next(batches)                                 # x float32 (64, 1, 28, 28) in [-1, 1], on the device
-    for x, y in ordered(load("digits", split="test"), n=1000): ...   # always the same pictures in the same order
+    x, y = next(batches)                                 # x float32 (64, 1, 28, 28) in [-1, 1]
+    for x, y in ordered(load("digits", split="test"), n=1000): ...   # always the same pictures
 
-A whole dataset is small beside the memory of the machine that trains on it (CIFAR-10: 150 MB as bytes). So it is
-decoded once, held as bytes and moved to the device once, and a batch is one `index_select`; resizing and scaling to
-[-1, 1] happen on the device. There are no worker processes, and where a run stands in its data is two integers.
+A whole data set is small beside the memory of the machine that trains on it (CIFAR-10: 150 MB as
+bytes). So it is decoded once, held as bytes and moved to the device once, and a batch is one
+`index_select`; resizing and scaling to [-1, 1] happen on the device. There are no worker processes,
+and where a run stands in its data is two integers.
 
 | name | train / test | what |
 |---|---|---|
 | `digits` | 60,000 / 10,000 | drawn here from pen strokes: 28x28, grey, 10 classes, no download |
-| `stacked-digits`, `stacked-mnist` | 60,000 / 10,000 digits | three at random as red, green and blue: 1,000 modes |
-| `mnist`, `fashion-mnist`, `cifar10` | as published | through torchvision; downloaded and checked when absent |
+| `stacked-digits`, `stacked-mnist` | as many digits | three at random as R, G, B: 1,000 modes |
+| `mnist`, `fashion-mnist`, `cifar10` | as published | through torchvision; downloaded when absent |
 | `stl10` | 105,000 / 8,000 | train = its train + unlabeled pictures, so without labels |
 | `celeba` | 162,770 / 19,962 | 140-pixel centre crop, then resized |
 | `lsun-church` | 126,227 / 300 | church_outdoor, from LSUN's lmdb files (needs the package lmdb) |
 | a folder | all, or its `train` / `test` | pictures, or a folder of pictures for each class |
-| `grid25`, `ring8` | 100,000 / 10,000 points | Gaussians on a grid (std .05) and on a circle of radius 2 (std .02) |
+| `grid25`, `ring8` | 100,000 / 10,000 points | Gaussians on a grid (std .05), a circle (std .02) |
 | `swissroll` | 5,000 / 5,000 points | a spiral in the plane |
 
 `python data.py NAME` draws a sheet of a hundred pictures: look at what you train on.
@@ -26,12 +27,19 @@ decoded once, held as bytes and moved to the device once, and a batch is one `in
 
 import argparse
 import contextlib
+import dataclasses
+import datetime
 import difflib
 import hashlib
 import io
+import itertools
+import json
 import math
 import os
+import pickle
+import signal
 import socket
+import subprocess
 import sys
 import time
 import zipfile
@@ -42,55 +50,123 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
 from torch import Tensor
 
+# ---- Errors and exit codes -----------------------------------------------------------------------
+
 
 class UserError(ValueError):
-    """A mistake the user can mend: the command lines print it as one sentence and leave with exit code 2."""
+    """A mistake the user can mend: ends a command with this one sentence and exit code 2."""
+
+    code = 2
+
+
+class NotFinite(ValueError, ArithmeticError):
+    """A loss, a weight or a metric became NaN or infinite: ends a command with exit code 3."""
+
+    code = 3
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM, signal `number`, arrived and the run was saved: exit code 128 + number."""
+
+    def __init__(self, sentence, number):
+        super().__init__(sentence)
+        self.code = 128 + number
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with its complaint as one sentence."""
+
+    def error(self, message):
+        raise UserError(f"{message}; see --help")
+
+
+def run_command(main, argv=None):
+    """Calls main(argv) -> exit code. What can go wrong becomes a sentence on stderr and a code.
+
+    2: the user can mend it; 3: a number is not finite; 128 + n: signal n. Anything else is a
+    defect of ours and keeps its traceback.
+    """
+    try:
+        return main(argv) or 0
+    except KeyboardInterrupt:  # before the loop, when there is nothing to save yet
+        return 128 + signal.SIGINT
+    except Exception as error:
+        sentence = what_to_mend(error)
+        if sentence is None:
+            raise
+        print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
+        return getattr(error, "code", 2)
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def what_to_mend(error):
+    """The sentence for an error that the user can mend; None for a defect."""
+    if isinstance(error, (UserError, NotFinite, Interrupted)):
+        return str(error)
+    if isinstance(error, OSError) and error.errno:  # no permission, a full disk
+        return str(error)
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return f"--compile failed ({first_line(error)}): it needs a C++ compiler or Triton"
+    signs = ("allocate memory", "out of memory", "size calculation overflowed")
+    if isinstance(error, MemoryError) or any(sign in str(error) for sign in signs):
+        return "out of memory; try a smaller --batch, --width, --latent, --size or --samples"
+    return None
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:90]
+
+
+# ---- Data sets: one split, whole, as one tensor --------------------------------------------------
 
 
 @dataclass
 class Dataset:
-    """One split of one dataset, whole.
+    """One split of one data set, whole.
 
-    x: images uint8 (N, C, H, W) in 0..255, or points float32 (N, 2). y: int64 (N,) in 0..classes-1, or None.
-    A stacked set holds its digits (N, 1, 28, 28) with their labels 0..9; Batches and ordered make the triples.
+    x: images uint8 (N, C, H, W), or points float32 (N, 2). y: int64 (N,) in 0..classes-1, or None.
+    A stacked set holds digits labelled 0..9, of which `Batches` and `ordered` make triples.
     """
 
     name: str  # as asked for; of a folder its own name
-    split: str  # "train" or "test": what it really holds (a folder without test/ gives "train" for both)
+    split: str  # what it really holds: a folder without test/ gives "train" for both
     x: Tensor
     y: Tensor | None
     classes: int  # 0 when unlabelled, 1000 for stacked sets
     stacked: bool = False
 
     @property
-    def kind(self) -> str:
+    def kind(self):
         return "points" if self.x.is_floating_point() else "images"
 
     @property
-    def channels(self) -> int:
+    def channels(self):
         return 3 if self.stacked else self.x.shape[1]
 
-    def __len__(self) -> int:
+    def __len__(self):
         return len(self.x)
 
 
-IMAGE_SETS = ("digits", "stacked-digits", "mnist", "stacked-mnist", "fashion-mnist", "cifar10", "stl10", "celeba",
-              "lsun-church")
+IMAGE_SETS = ("digits", "stacked-digits", "mnist", "stacked-mnist", "fashion-mnist", "cifar10",
+              "stl10", "celeba", "lsun-church")
 POINT_SETS = ("grid25", "ring8", "swissroll")
 
 
-def load(name: str, root="data", size: int | None = None, split: str = "train") -> Dataset:
-    """The whole of a dataset's `split` ("train" or "test"), the same at every call.
+def load(name, root="data", size=None, split="train"):
+    """The whole of a data set's `split` ("train" or "test"), the same at every call.
 
     root: where downloads and the cache of decoded pictures live.
-    size: for folders, `celeba` and `lsun-church`, the pixels to decode to (default: the pictures' own size, 64, 64).
-        The other sets keep the one size they come in: Batches and ordered resize on the device.
-    Raises UserError for an unknown name, a dataset that cannot be had, a folder that cannot be used.
+    size: pixels to decode folders, `celeba` and `lsun-church` to (default: own size, 64, 64). The
+        other sets keep their one size; `Batches` and `ordered` can resize.
+    Raises UserError for an unknown name, a set that cannot be had, a folder that cannot be used.
     """
     name = str(name)
     if split not in ("train", "test"):
@@ -105,137 +181,188 @@ def load(name: str, root="data", size: int | None = None, split: str = "train") 
         return _lsun(root, size or 64, split)
     if name in IMAGE_SETS:
         return _fixed_size(name, root, split)
-    folder = Path(os.path.abspath(os.path.expanduser(name)))  # not resolve(): a link keeps its own name
-    if not name or os.path.isfile(folder):
-        raise UserError(f"'{name}' is {'a file' if name else 'no name'}: give a folder of pictures, or the name of a set")
-    if os.path.isdir(folder):
-        try:
-            return _folder(folder, root, size, split)
-        except OSError as error:  # no permission
-            raise UserError(f"{folder} cannot be read ({error})") from None
+    folder = Path(whole_name(name))
+    try:
+        return _folder(folder, root, size, split)
+    except OSError as error:  # no permission
+        raise UserError(f"{folder} cannot be read ({error})") from None
+
+
+def whole_name(dataset):
+    """The name of a set, or the absolute path of a folder; UserError if it is neither."""
+    name = str(dataset)
+    if name in IMAGE_SETS + POINT_SETS:
+        return name
+    folder = os.path.abspath(os.path.expanduser(name))  # A link keeps its own name.
+    if name and os.path.isdir(folder):
+        return folder
     wanted = f"give a folder of pictures or one of {', '.join(IMAGE_SETS + POINT_SETS)}"
-    if any(mark in name for mark in "/\\~."):
+    if any(mark in name for mark in "/\\~.") or os.path.isfile(folder):
         raise UserError(f"there is no folder {name}: {wanted}")
     close = difflib.get_close_matches(name.lower(), IMAGE_SETS + POINT_SETS, n=1, cutoff=0.5)
-    raise UserError(f"there is no dataset '{name}'{f', perhaps {close[0]} is meant' if close else ''}: {wanted}")
+    perhaps = f", perhaps {close[0]} is meant" if close else ""
+    raise UserError(f"there is no dataset '{name}'{perhaps}: {wanted}")
 
 
-# ------------------------------------------------------------------------------------- bytes, floats, batches
+def load_pair(name, root="data", size=None):
+    """(train, test), as `load` gives them; UserError also if they differ in channels.
+
+    Under torchrun one rank of each host loads first: the others find what it has cached.
+    """
+    local = os.environ.get("LOCAL_RANK")
+    ranks = local is not None and dist.is_initialized()
+    if ranks and local != "0":
+        dist.barrier()
+    train = load(name, root, size or None, "train")
+    test = load(name, root, size or None, "test")
+    if ranks and local == "0":
+        dist.barrier()
+    if train.channels != test.channels:
+        raise UserError(f"--dataset {name}: training pictures have {train.channels} channels, test "
+                        f"pictures {test.channels}; make all grey or all coloured")
+    return train, test
 
 
-def to_float(u8: torch.Tensor, size: int | None = None) -> torch.Tensor:
-    """uint8 (B, C, H, W) -> float32 in [-1, 1]; (B, C, size, size), bilinear and antialiased, if that differs."""
+def fingerprint(dataset):
+    """16 hexadecimal digits of a data set's content, so that a changed set is noticed."""
+    digest = hashlib.sha256(repr(tuple(dataset.x.shape)).encode())
+    for part in (dataset.x, dataset.y):
+        if part is not None:
+            digest.update(part.contiguous().numpy().data)
+    return digest.hexdigest()[:16]
+
+
+# ---- Bytes, floats, batches ----------------------------------------------------------------------
+
+
+def to_float(u8, size=None):
+    """uint8 (B, C, H, W) -> float32 in [-1, 1], resized to (B, C, size, size) if that differs."""
     if u8.dtype != torch.uint8:
         raise ValueError(f"to_float takes uint8 images, not {u8.dtype}")
     x = u8.float()
     if size and x.shape[-2:] != (size, size):
-        # Without antialiasing a reduction would skip pixels; FID reacts to that more than to most changes of a model.
+        # Without antialiasing a reduction would skip pixels, and FID reacts to that strongly.
         x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
     return x.div_(127.5).sub_(1)
 
 
-def to_uint8(x: torch.Tensor) -> torch.Tensor:
-    """float in [-1, 1] -> uint8, rounded (truncation would darken) and clamped; undoes to_float exactly."""
+def to_uint8(x):
+    """float in [-1, 1] -> uint8, rounded and clamped; undoes `to_float` exactly."""
     return x.float().add(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
 
 
-def _take(x: Tensor, y: Tensor | None, index: Tensor, size: int | None, device) -> tuple[Tensor, Tensor | None]:
-    """Items `index` of a dataset as the networks want them; index (B,), or (B, 3) for the triples of a stacked set."""
-    device = torch.device(device)
+def _take(dataset, index, size, device):
+    """Items `index` (B,), or triples (B, 3), as networks want them: (x, y) on `device`."""
+    index = index.flatten().to(dataset.x.device)
 
-    def fetch(t: Tensor) -> Tensor:
-        t = t.index_select(0, index.flatten())
+    def fetch(t):
+        t = t.index_select(0, index)
         if t.device.type == "cpu" and device.type == "cuda":
-            t = t.pin_memory()  # or else non_blocking would not let the copy run beside the computation
+            t = t.pin_memory()  # Only from such memory is a copy made beside the computation.
         return t.to(device, non_blocking=True)
 
-    x, y = fetch(x), None if y is None else fetch(y)
-    if index.dim() == 2:
-        x = x.view(len(index), 3, *x.shape[2:])  # (3B, 1, H, W), a triple's digits adjacent -> (B, 3, H, W)
+    x = fetch(dataset.x)
+    y = None if dataset.y is None else fetch(dataset.y)
+    if dataset.stacked:
+        x = x.view(-1, 3, *x.shape[2:])  # (3B, 1, H, W) -> (B, 3, H, W)
         y = y[0::3] * 100 + y[1::3] * 10 + y[2::3]  # red, green, blue -> 0..999
-    return (to_float(x, size) if x.dtype == torch.uint8 else x), y
+    if dataset.kind == "images":
+        x = to_float(x, size)
+    return x, y
 
 
 class Batches:
     """Endless iterator over shuffled training batches.
 
-    Yields x float32 (batch, C, size, size) in [-1, 1] (points: (batch, D)) on `device`, and y int64 (batch,) or None.
-    Each epoch is a fresh permutation that depends on (seed, epoch) alone, so the state is two integers and a resumed
-    run sees what it would have seen. Rank r of `world` takes each world-th item of that one permutation, all ranks the
-    same count; what does not fill a last batch is left out of that epoch. Stacked sets: three permutations an epoch.
+    Yields x float32 (batch, C, size, size) in [-1, 1] (points: (batch, D)) on `device`, and y int64
+    (batch,) or None. Each epoch is a permutation fixed by (seed, epoch) alone, so the state is two
+    integers; a stacked set has three permutations. Rank r of `world` takes each world-th item, all
+    ranks the same count. What does not fill a last batch is left out of that epoch.
     Raises UserError if a rank's share is smaller than a batch.
     """
 
-    def __init__(self, dataset: Dataset, batch: int, device="cpu", size: int | None = None, seed: int = 0,
-                 rank: int = 0, world: int = 1):
+    def __init__(self, dataset, batch, device="cpu", size=None, seed=0, rank=0, world=1):
         if batch < 1:
             raise UserError(f"a batch of {batch} is no batch: give 1 or more")
-        self.share = len(dataset) // world
-        self.steps_per_epoch = self.share // batch
+        share = len(dataset) // world
+        self.steps_per_epoch = share // batch
         if self.steps_per_epoch == 0:
-            raise UserError(f"a batch of {batch} is more than the {self.share:,} items of {dataset.name}"
-                            f"{' for each device' if world > 1 else ''}: give a smaller one")
-        self.batch, self.size, self.seed, self.rank, self.world = batch, size, seed, rank, world
-        self.device, self.stacked = torch.device(device), dataset.stacked
-        self.x, self.y = dataset.x, dataset.y
-        # A quarter of what is free there leaves room for training. A larger set stays here and its batches are copied.
-        if self.device.type != "cuda" or self.x.nbytes < torch.cuda.mem_get_info(self.device)[0] / 4:
-            self.x, self.y = self.x.to(self.device), None if self.y is None else self.y.to(self.device)
-        self.epoch, self.position = 0, 0  # epochs completed; batches drawn of the one under way
-        self._order, self._order_of = None, -1
+            each = " for each device" if world > 1 else ""
+            raise UserError(f"a batch of {batch} is more than the {share:,} items of {dataset.name}"
+                            f"{each}: give a smaller one")
+        self.batch = batch
+        self.device = torch.device(device)
+        self.size = size
+        self.seed = seed
+        self.mine = slice(rank, share * world, world)
+        room = math.inf
+        if self.device.type == "cuda":  # A larger set stays here, and its batches are copied.
+            room = torch.cuda.mem_get_info(self.device)[0] / 4
+        if dataset.x.nbytes < room:
+            x = dataset.x.to(self.device)
+            y = None if dataset.y is None else dataset.y.to(self.device)
+            dataset = dataclasses.replace(dataset, x=x, y=y)
+        self.dataset = dataset
+        self.load_state_dict({"epoch": 0, "position": 0})
 
-    def _shuffle(self) -> Tensor:
-        """This rank's items of the current epoch, (share,), or (share, 3) if stacked; lies where the data lie."""
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
-        orders = [torch.randperm(len(self.x), generator=generator) for _ in range(3 if self.stacked else 1)]
-        mine = torch.stack(orders, 1)[self.rank : self.share * self.world : self.world]
-        return (mine if self.stacked else mine[:, 0]).contiguous().to(self.x.device)
+    def state_dict(self):
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state):
+        """Goes on from there; UserError for a place that an epoch of these does not have."""
+        if not 0 <= state["position"] < self.steps_per_epoch:
+            raise UserError(f"the saved run stands at batch {state['position']} of an epoch that "
+                            f"now has {self.steps_per_epoch}: resume with its batch size and ranks")
+        self.epoch = state["epoch"]
+        self.position = state["position"]  # counts the batches drawn of this epoch
+        self.order = None
 
     def __iter__(self):
         return self
 
-    def __next__(self) -> tuple[Tensor, Tensor | None]:
-        if self._order_of != self.epoch:
-            self._order, self._order_of = self._shuffle(), self.epoch
-        index = self._order[self.position * self.batch : (self.position + 1) * self.batch]
+    def __next__(self):
+        if self.order is None:
+            # Of the current epoch, this rank's items: (share, 1), or (share, 3) if stacked.
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
+            orders = [torch.randperm(len(self.dataset), generator=generator)
+                      for _ in range(3 if self.dataset.stacked else 1)]
+            self.order = torch.stack(orders, 1)[self.mine].contiguous().to(self.dataset.x.device)
+        index = self.order[self.position * self.batch : (self.position + 1) * self.batch]
         self.position += 1
         if self.position == self.steps_per_epoch:
-            self.epoch, self.position = self.epoch + 1, 0
-        return _take(self.x, self.y, index, self.size, self.device)
-
-    def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "position": self.position}
-
-    def load_state_dict(self, state: dict[str, int]):
-        if not 0 <= state["position"] < self.steps_per_epoch:
-            raise UserError(f"the saved run stands at batch {state['position']} of an epoch that now has "
-                            f"{self.steps_per_epoch}: resume with its dataset, batch size and number of devices")
-        self.epoch, self.position = state["epoch"], state["position"]
+            self.epoch += 1
+            self.position = 0
+            self.order = None
+        return _take(self.dataset, index, self.size, self.device)
 
 
-def ordered(dataset: Dataset, n: int | None = None, batch: int = 250, device="cpu", size: int | None = None,
-            seed: int = 0):
-    """The first n items (default and at most: all) in a fixed order; yields (x, y) as Batches does, the last one short.
+def ordered(dataset, n=None, batch=250, device="cpu", size=None, seed=0):
+    """The first n items (default and at most: all) in a fixed order; yields (x, y) as Batches does.
 
-    A set stored class by class, or without labels to tell, is first permuted by `seed`: its first n items might be of a
-    few classes. Of a stacked set: n triples (default: as many as digits), drawn by `seed` with replacement.
+    A set stored class by class, or without labels to tell, is first permuted by `seed`: its first n
+    items might be of a few classes. Of a stacked set: n triples (default: as many as digits), drawn
+    by `seed` with replacement. The last batch may be short.
     """
-    generator, total = torch.Generator().manual_seed(seed), len(dataset)
+    generator = torch.Generator().manual_seed(seed)
+    total = len(dataset)
+    by_class = dataset.kind == "images"
+    if dataset.y is not None:
+        by_class = bool((dataset.y[1:] >= dataset.y[:-1]).all())
     if dataset.stacked:
         index = torch.randint(total, (total if n is None else n, 3), generator=generator)
-    elif dataset.kind == "images" if dataset.y is None else bool((dataset.y[1:] >= dataset.y[:-1]).all()):
+    elif by_class:
         index = torch.randperm(total, generator=generator)[:n]
     else:
         index = torch.arange(total)[:n]
-    for rows in index.split(batch) if len(index) else ():
-        yield _take(dataset.x, dataset.y, rows.to(dataset.x.device), size, device)
+    for start in range(0, len(index), batch):
+        yield _take(dataset, index[start : start + batch], size, torch.device(device))
 
 
-# ------------------------------------------------------------------------------- digits, drawn from strokes
+# ---- Digits, drawn from strokes ------------------------------------------------------------------
 
-# Ours. One line is one way to write a digit: x,y in percent of the writing box, y downwards; "|" starts a new run, and
-# a run is one smooth curve. Equal points are one point: runs that share it stay joined wherever it is moved (a corner),
-# and a run that ends where it began is closed.
+# Ours. One line is one way to write a digit: x,y in percent of the writing box, y downwards. "|"
+# starts a new run, and a run is one smooth curve. Equal points are one point: runs that share it
+# stay joined wherever it is moved, and a run that ends where it began is closed.
 GLYPHS = (
     (0, "54,0 28,14 16,52 28,90 52,100 76,82 84,44 74,10 54,0"),
     (0, "62,4 34,10 22,50 30,94 52,98 72,70 76,30 62,4 46,2"),
@@ -258,12 +385,12 @@ GLYPHS = (
     (9, "76,22 50,0 24,26 44,50 76,22 | 76,22 74,60 66,100"),
     (9, "74,18 46,2 26,28 48,48 74,18 | 74,18 76,62 56,98 24,92"),
 )
-SEGMENTS = 64  # of every glyph, each about a pixel or less: their sum below is then as good as an integral
+SEGMENTS = 64  # Of a glyph each is about a pixel or less, so a sum over them is as an integral.
 
 
-def _spline(n: int, steps: int, closed: bool) -> Tensor:
-    """Catmull-Rom through n points, as the matrix (steps + 1, n) that turns the points into points along the curve."""
-    points = torch.eye(n)  # the curve is linear in its points, so that of the unit vectors is the matrix
+def _spline(n, steps, closed):
+    """Catmull-Rom through n points, as the matrix (steps + 1, n) that takes points to the curve."""
+    points = torch.eye(n)  # The curve is linear in its points: that of unit vectors is the matrix.
     before = points[-2] if closed else 2 * points[0] - points[1]
     after = points[1] if closed else 2 * points[-1] - points[-2]
     padded = torch.cat([before[None], points, after[None]])
@@ -275,30 +402,34 @@ def _spline(n: int, steps: int, closed: bool) -> Tensor:
 
 
 @cache
-def _glyph_tables() -> tuple[Tensor, Tensor, Tensor]:
-    """The V glyphs, padded to K points: points (V, K, 2); ends (V, 2 * SEGMENTS, K), which gives the first and then the
-    second ends of all segments; warp (V, K, K), which turns white noise into a smooth displacement of the points."""
-    glyphs = [[[tuple(map(float, p.split(","))) for p in run.split()] for run in text.split("|")] for _, text in GLYPHS]
-    most = max(len({p for run in runs for p in run}) for runs in glyphs)
-    points, ends = torch.zeros(len(glyphs), most, 2), torch.zeros(len(glyphs), 2, SEGMENTS, most)
+def _glyph_tables():
+    """The V glyphs of up to K points: points (V, K, 2); ends (V, 2 * SEGMENTS, K), from points to
+    the first, then the second ends of segments; warp (V, K, K), from noise to a displacement.
+    """
+    glyphs = [[[tuple(map(float, point.split(","))) for point in run.split()]
+               for run in text.split("|")] for _, text in GLYPHS]
+    most = max(len({point for run in runs for point in run}) for runs in glyphs)
+    points = torch.zeros(len(glyphs), most, 2)
+    ends = torch.zeros(len(glyphs), 2, SEGMENTS, most)
     for v, runs in enumerate(glyphs):
-        unique = list(dict.fromkeys(p for run in runs for p in run))
+        unique = list(dict.fromkeys(point for run in runs for point in run))
         points[v, : len(unique)] = torch.tensor(unique)
         lengths = torch.tensor([sum(map(math.dist, run, run[1:])) for run in runs])
         stops = [0, *(lengths.cumsum(0) / lengths.sum() * SEGMENTS).round().long().tolist()]
-        for run, start, stop in zip(runs, stops, stops[1:]):  # a run gets segments by its length
-            to_unique = F.one_hot(torch.tensor([unique.index(p) for p in run]), most).float()
-            curve = _spline(len(run), stop - start, closed=run[0] == run[-1]) @ to_unique
-            ends[v, 0, start:stop], ends[v, 1, start:stop] = curve[:-1], curve[1:]
-    # The elastic warp is a Gaussian random field (std 2.5 % of the box, changing over about 40 % of it) taken at the
-    # points alone, since the curves follow; and 0.8 % of independent unsteadiness of the hand.
+        for run, start, stop in zip(runs, stops, stops[1:]):  # A run gets segments by its length.
+            chosen = F.one_hot(torch.tensor([unique.index(p) for p in run]), most).float()
+            curve = _spline(len(run), stop - start, closed=run[0] == run[-1]) @ chosen
+            ends[v, 0, start:stop] = curve[:-1]
+            ends[v, 1, start:stop] = curve[1:]
+    # The warp is a Gaussian field (std 2.5 % of the box, changing over about 40 % of it), taken at
+    # the points alone since the curves follow. The hand adds 0.8 % of independent unsteadiness.
     distance2 = torch.cdist(points, points).square()
     covariance = 2.5**2 * torch.exp(-distance2 / (2 * 40**2)) + 0.8**2 * torch.eye(most)
     return points, ends.flatten(1, 2), torch.linalg.cholesky(covariance)
 
 
-def _draw(glyph: Tensor, generator: torch.Generator) -> Tensor:
-    """One picture of each index into GLYPHS: (B,) -> uint8 (B, 1, 28, 28), white on black, placed as in MNIST."""
+def _draw(glyph, generator):
+    """A picture of each index into GLYPHS: (B,) -> uint8 (B, 1, 28, 28), white on black."""
     points, ends, warp = (table[glyph] for table in _glyph_tables())
 
     def normal(*shape):
@@ -308,23 +439,34 @@ def _draw(glyph: Tensor, generator: torch.Generator) -> Tensor:
         return low + (high - low) * torch.rand(len(glyph), 1, generator=generator)
 
     p = ends @ (points + warp @ normal(points.shape[1], 2))  # (B, 2 * SEGMENTS, 2)
-    turn, slant, wide = 0.04 * normal(1), 0.18 + 0.08 * normal(1), uniform(0.9, 1.1)
-    x, y = p[..., 0] * wide - slant * p[..., 1], p[..., 1]  # y points down, so minus leans to the right
+    turn = 0.04 * normal(1)
+    slant = 0.18 + 0.08 * normal(1)
+    x = p[..., 0] * uniform(0.9, 1.1) - slant * p[..., 1]  # y points down: minus leans to the right
+    y = p[..., 1]
     p = torch.stack([x * turn.cos() - y * turn.sin(), x * turn.sin() + y * turn.cos()], 2)
 
-    # As MNIST was made: the longer side scaled to (about) 20 pixels, the centre of mass put in the picture's centre.
-    half = uniform(0.95, 1.5)  # of the pen's width, pixels
+    # MNIST scales the longer side to (about) 20 pixels and centres each digit's mass.
+    half = uniform(0.95, 1.5)  # half of the pen's width, in pixels
     extent = (p.amax(1) - p.amin(1)).amax(1, keepdim=True)
-    first, second = (p * ((uniform(17.5, 20.0) - 2 * half) / extent)[..., None]).chunk(2, 1)
-    q, length = (first + second) / 2, (second - first).norm(dim=2, keepdim=True)  # (B, SEGMENTS, 2), (B, SEGMENTS, 1)
-    q = q - (q * length).sum(1, keepdim=True) / length.sum(1, keepdim=True) + 13.5 + 0.4 * normal(1, 2)
+    scale = (uniform(17.5, 20.0) - 2 * half) / extent
+    first, second = (p * scale[..., None]).chunk(2, 1)
+    q = (first + second) / 2  # (B, SEGMENTS, 2)
+    length = (second - first).norm(dim=2, keepdim=True)  # (B, SEGMENTS, 1)
+    q = q - (q * length).sum(1, keepdim=True) / length.sum(1, keepdim=True)
+    return _ink(q + 13.5 + 0.4 * normal(1, 2), length, half)
 
-    # The distance of each pixel to the strokes, as a smooth minimum over all segments. Along a straight line the
-    # integral of exp(-|pixel - q|^2 / 2s^2) is s sqrt(2 pi) exp(-distance^2 / 2s^2), and the integrand is a factor in x
-    # times one in y: the integral over the glyph, for all pixels, is one small matrix product. s rounds corners.
-    s, grid = 0.7, torch.arange(28.0)
-    # Cut off six pixels away, where all is black: further out are denormal numbers, which take many times as long.
-    factor = (q[..., None] - grid).square_().mul_(-0.5 / s**2).clamp_(min=-40).exp_()  # (B, SEGMENTS, 2, 28)
+
+def _ink(q, length, half):
+    """Segments at q (B, S, 2) of `length` (B, S, 1), pen of half width (B, 1) -> the picture.
+
+    Each pixel's distance to the strokes is a smooth minimum. Along a straight line the integral of
+    exp(-|pixel - q|^2 / 2s^2) is s sqrt(2 pi) exp(-distance^2 / 2s^2). Its integrand is a factor in
+    x times one in y, so the integral over the glyph is one matrix product for all pixels.
+    """
+    s = 0.7  # The larger s is, the rounder are the corners.
+    grid = torch.arange(28.0)
+    # Six pixels away all is black. Further out are denormal numbers, which take many times as long.
+    factor = (q[..., None] - grid).square_().mul_(-0.5 / s**2).clamp_(min=-40).exp_()
     factor_x = factor[:, :, 0] * (length / (s * math.sqrt(2 * math.pi)))
     integral = factor[:, :, 1].transpose(1, 2) @ factor_x  # (B, 28 rows, 28 columns)
     distance = integral.log_().mul_(-2 * s * s).clamp_(min=0).sqrt_()
@@ -332,15 +474,16 @@ def _draw(glyph: Tensor, generator: torch.Generator) -> Tensor:
     return (ink * 255).round_().to(torch.uint8)[:, None]
 
 
-def draw_digits(n: int, seed: int) -> tuple[Tensor, Tensor]:
-    """n handwritten-looking digits: x uint8 (n, 1, 28, 28), y int64 (n,) = 0, 1, ... 9, 0, 1, ... Fixed by `seed`."""
+def draw_digits(n, seed):
+    """n handwritten-looking digits, fixed by `seed`: x uint8 (n, 1, 28, 28), y int64 (n,)."""
     generator = torch.Generator().manual_seed(seed)
     y = torch.arange(n) % 10
     digit = torch.tensor([d for d, _ in GLYPHS])
-    count, start = digit.bincount(), torch.searchsorted(digit, torch.arange(10))
+    count = digit.bincount()
+    start = torch.searchsorted(digit, torch.arange(10))
     glyph = start[y] + (torch.rand(n, generator=generator) * count[y]).long()
-    # In pieces that fit the processor's caches, and by one thread: these are many small operations, and threads that
-    # wait for each other at each are far slower than one as soon as the machine has anything else to do.
+    # Pieces of 500 fit the processor's caches. One thread draws them: threads that wait for each
+    # other at many small operations are far slower on a busy machine.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -349,11 +492,11 @@ def draw_digits(n: int, seed: int) -> tuple[Tensor, Tensor]:
         torch.set_num_threads(threads)
 
 
-# ---------------------------------------------------------------------------- point sets and published sets
+# ---- Point sets and published sets ---------------------------------------------------------------
 
 
-def mixture(name: str) -> tuple[Tensor, float] | None:
-    """Means (K, 2) and standard deviation of the Gaussians of a point set: AIM's grid, or a ring; None for other names."""
+def mixture(name):
+    """Means (K, 2) and standard deviation of the Gaussians of a point set; None for other names."""
     if name == "grid25":
         axis = torch.tensor([-4.0, -2.0, 0.0, 2.0, 4.0])
         return torch.cartesian_prod(axis, axis), 0.05
@@ -363,13 +506,12 @@ def mixture(name: str) -> tuple[Tensor, float] | None:
     return None
 
 
-def _points(name: str, split: str) -> Dataset:
-    """Points in the plane, float32 (N, 2), labelled; train and test are different draws of the same distribution."""
+def _points(name, split):
+    """Labelled points (N, 2); train and test are different draws of the same distribution."""
     generator = torch.Generator().manual_seed({"train": 11, "test": 12}[split])
     if name == "swissroll":
-        # The usual roll, t = 1.5 pi (1 + 2u), seen along its axis: (t cos t, t sin t), scaled into the unit disc. Ours:
-        # LatentMap does not say how many dimensions its roll has; the depth of the 3-D roll is uniform and independent
-        # of the rest, and without it data, reconstructions and 2-D codes are drawn alike. 5,000 points as in LatentMap.
+        # The usual roll, seen along its axis and scaled into the unit disc. Ours: LatentMap gives
+        # its 5,000 points but not its dimensions. Depth would be independent of the rest.
         u = torch.rand(5_000, generator=generator)
         t = 1.5 * math.pi * (1 + 2 * u)
         x = torch.stack([t * t.cos(), t * t.sin()], 1) / (4.5 * math.pi)
@@ -377,47 +519,49 @@ def _points(name: str, split: str) -> Dataset:
     centers, std = mixture(name)
     n = 100_000 if split == "train" else 10_000
     y = torch.randint(len(centers), (n,), generator=generator)
-    return Dataset(name, split, centers[y] + std * torch.randn(n, 2, generator=generator), y, len(centers))
+    x = centers[y] + std * torch.randn(n, 2, generator=generator)
+    return Dataset(name, split, x, y, len(centers))
 
 
-IDX_FILES = "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte"
-CELEBA_LISTS = "list_{eval_partition,attr_celeba,bbox_celeba,landmarks_align_celeba}.txt, identity_CelebA.txt"
+IDX_FILES = "{train,t10k}-{images-idx3,labels-idx1}-ubyte"
+CELEBA_FILES = ("list_{eval_partition,attr_celeba,bbox_celeba,landmarks_align_celeba}.txt, "
+                "identity_CelebA.txt and the folder img_align_celeba")
 BY_HAND = {  # where below root torchvision looks, and what has to be there
     "mnist": ("MNIST/raw", IDX_FILES),
     "fashion-mnist": ("FashionMNIST/raw", IDX_FILES),
     "cifar10": ("", "cifar-10-python.tar.gz"),
     "stl10": ("", "stl10_binary.tar.gz"),
-    "celeba": ("celeba", f"{CELEBA_LISTS} and the folder img_align_celeba"),
+    "celeba": ("celeba", CELEBA_FILES),
 }
 
 
-def _torchvision(name: str, root, make):
-    """make(download) -> a torchvision dataset: from what is in root, or else downloaded; UserError if neither works."""
-    with contextlib.suppress(Exception):  # missing or damaged: what is wrong shows when the download does not mend it
-        return make(False)  # never writes, so a root that may not be written to is as good
-    place, files = Path(root) / BY_HAND[name][0], BY_HAND[name][1]
+def _torchvision(name, root, make):
+    """make(download) -> a torchvision set, from root or else downloaded; UserError if neither."""
+    with contextlib.suppress(Exception):  # What is wrong shows if the download does not mend it.
+        return make(False)
+    place = Path(root) / BY_HAND[name][0]
     patience = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(10)  # torchvision sets none and would wait for a silent server for ever
+    socket.setdefaulttimeout(10)  # torchvision would wait for a silent server for ever.
     try:
         if Path(root).is_dir() and not Path(root).stat().st_mode & 0o222:
-            raise OSError("it is marked read-only")  # which does not stop the superuser
+            raise OSError("it is marked read-only")  # This would not stop the superuser.
         print(f"{name} is not (whole) in {place}: downloading it", file=sys.stderr)
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-            if not sys.stderr.isatty():  # a progress bar is for people
-                stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        bar = sys.stderr if sys.stderr.isatty() else io.StringIO()
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(bar):
             return make(True)
-    except Exception as error:  # no network, a full disk, a wrong checksum, gdown missing: one sentence for all
+    except Exception as error:  # no network, a full disk, a wrong checksum, gdown missing
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1].rstrip(".")
-        raise UserError(f"{name} could not be read from {place} nor downloaded to it ({reason}): to supply it by hand, "
-                        f"put there {files}") from None
+        raise UserError(f"{name} could not be read from {place} nor downloaded to it ({reason}): "
+                        f"to supply it by hand, put there {BY_HAND[name][1]}") from None
     finally:
         socket.setdefaulttimeout(patience)
 
 
-def _fixed_size(name: str, root, split: str) -> Dataset:
+def _fixed_size(name, root, split):
     """The sets whose pictures all have one size: x as stored."""
-    sets, train, base = torchvision.datasets, split == "train", name.removeprefix("stacked-")
+    sets = torchvision.datasets
+    train = split == "train"
+    base = name.removeprefix("stacked-")
     if base == "stl10":
         part = "train+unlabeled" if train else "test"
         got = _torchvision(base, root, lambda download: sets.STL10(root, part, download=download))
@@ -426,85 +570,92 @@ def _fixed_size(name: str, root, split: str) -> Dataset:
     if base == "digits":
         x, y = draw_digits(60_000, seed=1) if train else draw_digits(10_000, seed=2)
     else:
-        kind = {"mnist": sets.MNIST, "fashion-mnist": sets.FashionMNIST, "cifar10": sets.CIFAR10}[base]
-        got = _torchvision(base, root, lambda download: kind(root, train, download=download))
-        x, y = torch.as_tensor(got.data), torch.as_tensor(got.targets).long()
-        x = x.permute(0, 3, 1, 2).contiguous() if x.dim() == 4 else x[:, None]  # from (N, H, W, C) or (N, H, W)
-    return Dataset(name, split, x, y, 10) if base == name else Dataset(name, split, x, y, 1000, stacked=True)
+        kinds = {"mnist": sets.MNIST, "fashion-mnist": sets.FashionMNIST, "cifar10": sets.CIFAR10}
+        got = _torchvision(base, root, lambda download: kinds[base](root, train, download=download))
+        x = torch.as_tensor(got.data)  # (N, H, W, C) or (N, H, W)
+        x = x.permute(0, 3, 1, 2).contiguous() if x.dim() == 4 else x[:, None]
+        y = torch.as_tensor(got.targets).long()
+    stacked = base != name
+    return Dataset(name, split, x, y, 1000 if stacked else 10, stacked)
 
 
-def _celeba(root, size: int, split: str) -> Dataset:
+def _celeba(root, size, split):
     """CelebA's aligned faces, 178x218: the central 140x140 (as IVAAE and WAE do), resized."""
-    got = _torchvision("celeba", root, lambda download: torchvision.datasets.CelebA(root, split, download=download))
+    sets = torchvision.datasets
+    got = _torchvision("celeba", root, lambda download: sets.CelebA(root, split, download=download))
     folder = Path(root) / got.base_folder / "img_align_celeba"
     files = [str(folder / file) for file in got.filename]
-    return Dataset("celeba", split, _pictures("celeba", split, folder, files, root, size, crop=140), None, 0)
+    x = _pictures("celeba", split, folder, files, root, size, crop=140)
+    return Dataset("celeba", split, x, None, 0)
 
 
-def _lsun(root, size: int, split: str) -> Dataset:
+def _lsun(root, size, split):
     """LSUN's church_outdoor; test is its 300 `val` pictures."""
-    part = "train" if split == "train" else "val"
-    file = Path(root) / f"church_outdoor_{part}_lmdb" / "data.mdb"
+    folder = f"church_outdoor_{'train' if split == 'train' else 'val'}_lmdb"
+    file = Path(root) / folder / "data.mdb"
     try:
-        import lmdb
+        import lmdb  # torchvision's own LSUN leaves a pickle of the keys in the current folder.
     except ImportError:
-        raise UserError("lsun-church comes as an lmdb file: install the package with 'pip install lmdb'") from None
+        raise UserError("lsun-church is an lmdb file: install 'pip install lmdb'") from None
     if not file.is_file():
-        raise UserError(f"lsun-church has no {file}: unpack church_outdoor_{part}_lmdb.zip from "
+        raise UserError(f"lsun-church has no {file}: unpack {folder}.zip from "
                         f"http://dl.yf.io/lsun/scenes/ in {root}")
-    # Read here and not by torchvision's LSUN, which leaves a pickle of the keys in the current folder.
-    damaged = UserError(f"{file} is damaged or was copied in part: unpack church_outdoor_{part}_lmdb.zip again")
+    damaged = UserError(f"{file} is damaged or was copied in part: unpack {folder}.zip again")
     try:
         env = lmdb.open(str(file.parent), readonly=True, lock=False, readahead=False, meminit=False)
     except lmdb.Error:
         raise damaged from None
     if file.stat().st_size < (env.info()["last_pgno"] + 1) * env.stat()["psize"]:
-        raise damaged  # lmdb maps the file: to read beyond its end would kill the process
+        raise damaged  # lmdb maps the file: to read beyond its end would kill the process.
 
-    def read(key: bytes):
-        with env.begin() as transaction:  # one for each picture: a transaction may not change threads
+    def read(key):
+        with env.begin() as transaction:  # Each picture has its own: it may not change threads.
             return io.BytesIO(transaction.get(key))
 
     with env.begin() as transaction:
         keys = list(transaction.cursor().iternext(keys=True, values=False))
     if not keys:
         raise damaged
-    return Dataset("lsun-church", split, _pictures("lsun-church", split, file, keys, root, size, read=read), None, 0)
+    x = _pictures("lsun-church", split, file, keys, root, size, read=read)
+    return Dataset("lsun-church", split, x, None, 0)
 
 
-# -------------------------------------------------------------------------------- folders of pictures, cached
+# ---- Folders of pictures, cached -----------------------------------------------------------------
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 
-def _folder(folder: Path, root, size: int | None, split: str) -> Dataset:
-    """A folder of pictures, or of one folder for each class; or with train/ and test/ (in any case) of either kind."""
+def _folder(folder, root, size, split):
+    """Pictures, or one folder for each class; or train/ and test/ (in any case) of either kind."""
     inside = {entry.name.lower(): entry for entry in folder.iterdir() if entry.is_dir()}
     train = inside.get("train", folder)
-    base = inside.get("test", train) if split == "test" and train != folder else train
-    beside = sorted(inside.keys() - {"train", "test", "val", "valid", "validation"}) if train != folder else []
-    if beside and any(find_pictures(inside[name]) for name in beside if not name.startswith(".")):
-        raise UserError(f"{folder} has pictures in train/ and beside it, in {', '.join(beside)}: are these classes, rename "
-                        "train; else move them out")
-    split = "train" if base == train else "test"
+    base = train
+    if train != folder:
+        base = inside.get(split, train)
+        beside = sorted(inside.keys() - {"train", "test", "val", "valid", "validation"})
+        if any(find_pictures(inside[name]) for name in beside if not name.startswith(".")):
+            raise UserError(f"{folder} has pictures in train/ and beside it, in "
+                            f"{', '.join(beside)}: are these classes, rename train; else move them")
     files = find_pictures(base)
     if not files:
         raise UserError(f"there are no pictures ({' '.join(SUFFIXES)}) in {base}")
     found = _classes(base, files)
-    # Numbered as in the training split, whatever the test split has of them.
+    # The training split numbers the classes, whatever the test split has of them.
     names = sorted(set(found if base == train else _classes(train, find_pictures(train))))
-    if unknown := sorted(set(found) - set(names)):
-        if "" in (unknown[0], names[0]):
-            raise UserError(f"one of {train} and {base} has a folder for each class, the other has none: the two must agree")
-        raise UserError(f"{base / unknown[0]} has pictures, but {train / unknown[0]} has none: the two must agree")
-    x, y = _pictures(folder.name, split, base, files, root, size), None
-    if len(names) > 1:  # a single class says nothing, so it is no label
-        number = {name: i for i, name in enumerate(names)}
-        y = torch.tensor([number[name] for name in found])
-    return Dataset(folder.name, split, x, y, 0 if y is None else len(names))
+    unknown = sorted(set(found) - set(names))
+    if unknown:
+        raise UserError(f"{base / unknown[0]} has pictures of its own, but {train / unknown[0]} "
+                        "has none: the two must have the same folders")
+    split = "train" if base == train else "test"
+    x = _pictures(folder.name, split, base, files, root, size)
+    if len(names) < 2:  # A single class says nothing, so it is no label.
+        return Dataset(folder.name, split, x, None, 0)
+    number = {name: i for i, name in enumerate(names)}
+    y = torch.tensor([number[name] for name in found])
+    return Dataset(folder.name, split, x, y, len(names))
 
 
-def find_pictures(folder) -> list[str]:
+def find_pictures(folder):
     """The pictures at any depth below `folder`, in a fixed order; what is hidden is passed over."""
     found = []
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
@@ -517,20 +668,21 @@ def find_pictures(folder) -> list[str]:
     return found
 
 
-def _classes(base: Path, files: list[str]) -> list[str]:
-    """For each file the folder of `base` that it is in, "" if it is in base itself; UserError if there are both."""
+def _classes(base, files):
+    """For each file the folder of `base` that it is in, "" for base itself; UserError for both."""
     parts = [file[len(str(base)) + 1 :].split(os.sep) for file in files]
     names = [part[0] if len(part) > 1 else "" for part in parts]
     if "" in names and any(names):
-        raise UserError(f"{base} has pictures both beside and inside its folders ({max(names)}): keep one kind")
+        raise UserError(f"{base} has pictures both beside and inside its folders ({max(names)}): "
+                        "keep one kind")
     return names
 
 
-def cache_dir(root) -> Path:
-    """root/cache, created if need be; ./data/cache where root is marked read-only or cannot be written to.
+def cache_dir(root):
+    """root/cache, made if need be; ./data/cache where root is read-only or cannot be written to.
 
-    The mode bits count as well as the system's answer, since the superuser may write anywhere. Raises UserError if
-    neither place will do.
+    The mode bits count as well as the system's answer, since the superuser may write anywhere.
+    Raises UserError if neither place will do.
     """
     for place in (Path(root), Path("data")):
         folder = place / "cache"
@@ -543,79 +695,75 @@ def cache_dir(root) -> Path:
     raise UserError(f"neither {root} nor ./data can be written to: give a --root that can")
 
 
-def _pictures(name: str, split: str, source: Path, items: list, root, size: int | None, crop: int | None = None,
-              read=None) -> Tensor:
-    """All pictures as uint8 (N, C, S, S): memory-mapped from a cache made from these very files, or else decoded.
+def _pictures(name, split, source, items, root, size, crop=None, read=None):
+    """All pictures as uint8 (N, C, S, S), mapped from a cache of these very files, or decoded.
 
-    items: paths, or with `read` anything that read() turns into a file. The cache file's name says which source and
-    size, `stamp` inside it which files: after a change it is replaced. All of a set has to fit in memory once, when it
-    is decoded; later only the pages in use do.
+    items: paths, or with `read` anything that read() turns into a file. The cache file's name says
+    which source and size, `stamp` inside it which files: after a change it is replaced. A set has
+    to fit in memory only when it is decoded; later only the pages in use do.
     """
-    stamp = hashlib.sha1(f"1 {crop}".encode())  # 1: count up when what is done to a picture changes
+    digest = hashlib.sha1(f"1 {crop}".encode())  # Count the 1 up when pictures are read otherwise.
     for path in [source] if read else items:
         try:
             status = os.stat(path)
         except OSError as error:  # a link to nothing, or an archive unpacked in part
-            raise UserError(f"{path}, a picture of {name}, cannot be found ({error.strerror})") from None
-        stamp.update(os.fsencode(f"\n{path} {status.st_size} {status.st_mtime_ns}"))
-    stamp, key = stamp.hexdigest(), hashlib.sha1(os.fsencode(os.path.abspath(source))).hexdigest()[:8]
+            reason = error.strerror
+            raise UserError(f"{path}, a picture of {name}, cannot be found ({reason})") from None
+        digest.update(os.fsencode(f"\n{path} {status.st_size} {status.st_mtime_ns}"))
+    stamp = digest.hexdigest()
+    key = hashlib.sha1(os.fsencode(os.path.abspath(source))).hexdigest()[:8]
     path = cache_dir(root) / f"{name}-{split}-{size or 'native'}-{key}.pt"
-    try:
-        saved = torch.load(path, mmap=True, weights_only=True)
-        if saved["stamp"] == stamp:
-            with zipfile.ZipFile(path) as whole:  # as all of torch's files: read once against its checksums
-                if whole.testzip():
-                    raise ValueError("checksum")
-            return saved["x"]
-    except FileNotFoundError:
-        pass
-    except Exception as error:  # cut short, overwritten, another program's: whatever it is, it is made anew
-        print(f"{path} is damaged ({type(error).__name__}): made anew", file=sys.stderr)
+    if path.exists():
+        try:
+            saved = read_saved(path, mmap=True)
+            if saved["stamp"] == stamp:
+                return saved["x"]
+        except Exception:  # damaged, or another program's: whatever it is, it is made anew
+            print(f"{path} is damaged: made anew", file=sys.stderr)
     x = torch.from_numpy(_decode(name, items, size, crop, read))
-    unfinished = path.with_suffix(f".{os.getpid()}.tmp")  # renamed when whole, so nobody ever reads half a file
     try:
-        torch.save({"stamp": stamp, "x": x}, unfinished)
-        os.replace(unfinished, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        print(f"{path} could not be written ({error}): it will be decoded again next time", file=sys.stderr)
-    finally:  # Ctrl-C leaves none behind either
-        with contextlib.suppress(OSError):
-            unfinished.unlink()
+        save_atomic({"stamp": stamp, "x": x}, path)
+    except UserError as error:
+        print(f"{error}: the pictures will be decoded again next time", file=sys.stderr)
     return x
 
 
-def _decode(name: str, items: list, size: int | None, crop: int | None, read) -> np.ndarray:
-    """Pictures -> uint8 (N, C, S, S), C = 1 if all are grey and else 3, in threads: Pillow lets go of Python's lock."""
-    x, done, told, live = None, 0, time.monotonic(), sys.stderr.isatty()
-    pool = ThreadPoolExecutor(min(16, os.cpu_count()))  # more would only queue for that lock
+def _decode(name, items, size, crop, read):
+    """Pictures -> uint8 array (N, C, S, S), C = 1 if all are grey and else 3."""
+    x = None
+    told = time.monotonic()
+    live = sys.stderr.isatty()
+    pool = ThreadPoolExecutor(min(16, os.cpu_count()))  # Pillow lets go of Python's lock.
     try:
         chunks = [items[i : i + 64] for i in range(0, len(items), 64)]
-        for pictures in pool.map(lambda chunk: [_picture(item, size, crop, read) for item in chunk], chunks):
-            for picture in pictures:
-                if x is None:
-                    x = np.empty((len(items), *picture.shape), np.uint8)
-                if picture.shape[1:] != x.shape[2:]:
-                    raise UserError(f"the pictures of {name} differ in size ({items[0]}, {items[done]}): give a size")
-                if len(picture) > x.shape[1]:  # the first in colour: those before it were grey
-                    x = x.repeat(3, axis=1)
-                x[done] = picture  # a grey one goes into all channels
-                done += 1
-            if done == len(items) or time.monotonic() - told > (0.2 if live else 10):
-                end = "\r" if live and done < len(items) else "\n"
-                print(f"decoding {name}: {done:,} of {len(items):,}", end=end, file=sys.stderr, flush=True)
+        decoded = pool.map(lambda chunk: [_picture(i, size, crop, read) for i in chunk], chunks)
+        for i, picture in enumerate(itertools.chain.from_iterable(decoded)):
+            if x is None:
+                x = np.empty((len(items), *picture.shape), np.uint8)
+            if picture.shape[1:] != x.shape[2:]:
+                raise UserError(f"the pictures of {name} differ in size ({items[0]}, {items[i]}): "
+                                "give a size")
+            if len(picture) > x.shape[1]:  # The first in colour: those before it were grey.
+                x = x.repeat(3, axis=1)
+            x[i] = picture  # A grey one goes into all channels.
+            last = i + 1 == len(items)
+            if last or time.monotonic() - told > (0.2 if live else 10):
+                text = f"decoding {name}: {i + 1:,} of {len(items):,}"
+                print(text, end="\r" if live and not last else "\n", file=sys.stderr, flush=True)
                 told = time.monotonic()
     finally:
-        pool.shutdown(cancel_futures=True)  # after an error, or Ctrl-C, the rest need not be decoded
+        pool.shutdown(cancel_futures=True)  # After an error or Ctrl-C the rest is not needed.
     return x
 
 
-def _picture(item, size: int | None, crop: int | None, read) -> np.ndarray:
-    """One picture -> uint8 (C, S, S): upright, centre `crop`, shorter side to `size`, centre square."""
+def _picture(item, size, crop, read):
+    """One picture -> uint8 (C, S, S): upright, centre `crop`, shorter side to `size`, square."""
     try:
         with Image.open(read(item) if read else item) as image:
             image = _plain(ImageOps.exif_transpose(image))
-    except Exception as error:  # Pillow's decoders raise half a dozen kinds
-        raise UserError(f"{item} cannot be read as a picture ({error}): replace or remove it") from None
+    except Exception as error:  # Pillow's decoders raise half a dozen kinds.
+        raise UserError(f"{item} cannot be read as a picture ({error}): replace or remove "
+                        "it") from None
     if min(image.size) < 8:
         raise UserError(f"{item} is only {image.width}x{image.height} pixels: 8 are the least")
     if crop:
@@ -623,19 +771,22 @@ def _picture(item, size: int | None, crop: int | None, read) -> np.ndarray:
     if size:
         scale = size / min(image.size)
         scaled = (round(image.width * scale), round(image.height * scale))
-        image = _centre(image if image.size == scaled else image.resize(scaled, Image.Resampling.BILINEAR), size)
+        if image.size != scaled:
+            image = image.resize(scaled, Image.Resampling.BILINEAR)
+        image = _centre(image, size)
     elif image.width != image.height:
-        raise UserError(f"{item} is not square ({image.width}x{image.height}): give a size to crop to")
+        raise UserError(f"{item} is not square ({image.width}x{image.height}): give a size")
     array = np.asarray(image)
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
 
-def _plain(image: Image.Image) -> Image.Image:
-    """Any picture as 8-bit grey ("L") or colour ("RGB"): 16 bits are scaled down, transparency is laid over white."""
+def _plain(image):
+    """Any picture as 8-bit grey or colour: 16 bits scaled down, transparency laid over white."""
     if image.mode == "F":
         raise ValueError("pictures of floating-point numbers have no fixed range")
-    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips it at 255
-        return Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion clips at 255
+        values = np.asarray(image).clip(0, 65535) / 257
+        return Image.fromarray(values.round().astype(np.uint8))
     grey = image.mode in ("1", "L", "LA")
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -643,66 +794,631 @@ def _plain(image: Image.Image) -> Image.Image:
     return image.convert("L" if grey else "RGB")
 
 
-def _centre(image: Image.Image, side: int) -> Image.Image:
-    left, top = (image.width - side) // 2, (image.height - side) // 2
+def _centre(image, side):
+    left = (image.width - side) // 2
+    top = (image.height - side) // 2
     return image.crop((left, top, left + side, top + side))
 
 
-# ------------------------------------------------------------------------------------------------ command line
+# ---- Hardware and ranks --------------------------------------------------------------------------
 
 
-def sheet(dataset: Dataset) -> Tensor:
-    """What a network is shown, as one picture, uint8 (C, H, W): ten by ten images, or the density of the points."""
+def from_environment(name, default):
+    """A number that torchrun leaves in the environment. Raises UserError where it is none."""
+    text = os.environ.get(name, default)
+    if not text.isdigit():
+        raise UserError(f"the environment has {name}={text}, which is no number; unset it")
+    return int(text)
+
+
+def hardware(device="auto", amp="auto"):
+    """(device, precision), as Machine takes them, of --device and --amp; joins torchrun's ranks.
+
+    "auto": CUDA where there is one; bf16 wherever the hardware multiplies it (CUDA 8.0 and later,
+    AMX, AVX512-BF16). Raises UserError for a device that is not there: never silently the CPU.
+    """
+    name = device
+    if device == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {device}: there is no usable CUDA device; use --device cpu")
+    if name == "cuda":
+        name = f"cuda:{from_environment('LOCAL_RANK', '0')}"
+    try:
+        torch.empty(1, device=name).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise UserError(f"--device {device} cannot be used here ({first_line(error)}); "
+                        "give auto, cpu, cuda or cuda:0") from None
+    backend = "gloo"
+    if name.startswith("cuda"):
+        backend = "nccl"
+        torch.cuda.set_device(name)
+        torch.backends.cudnn.benchmark = True  # fixed shapes: cuDNN picks its fastest convolution
+        torch.set_float32_matmul_precision("high")  # tf32 for what stays in float32
+    from_environment("RANK", "0")
+    if from_environment("WORLD_SIZE", "1") > 1 and not dist.is_initialized():
+        try:  # rank 0 evaluates while the others wait, hence the long timeout
+            dist.init_process_group(backend, timeout=datetime.timedelta(hours=4))
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"the other ranks cannot be joined ({first_line(error)}); "
+                            "use torchrun") from None
+    if amp == "auto":
+        amp = "bf16" if multiplies_bf16(name) else "off"
+    return name, amp
+
+
+def multiplies_bf16(device):
+    """Whether this device multiplies bf16 in hardware; where it does not, float32 is faster."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, check, bool)() for check in checks)
+
+
+def average(tensor):
+    """The mean over the ranks, in place."""
+    dist.all_reduce(tensor)
+    tensor /= dist.get_world_size()
+
+
+def compile_networks(model):
+    """torch.compile, in place, of each network: the names of its weights stay what they were."""
+    torch._functorch.config.donated_buffer = False  # one forward is differentiated for two losses
+    torch._dynamo.config.cache_size_limit = 64  # of all networks in all their modes; 8 are too few
+    for network in model.children():
+        network.compile()
+
+
+# ---- Settings, from whose fields the flags are made ----------------------------------------------
+
+
+def setting(default, text="", kind=None, least=None, most=2**48, choices=None, models=None):
+    """A field of a settings dataclass: its value, and its help text with the source.
+
+    With a text it is a flag, of these `models` only (None: of all). kind: its type, where the
+    default does not tell. least, most, choices: what it may be, beside a default of None.
+    """
+    about = dict(text=text, kind=kind or type(default), least=least, most=most, choices=choices,
+                 models=models)
+    return dataclasses.field(default=default, metadata=about)
+
+
+@dataclass
+class Settings:
+    """What every run has. The settings of a paper add `model`, `dataset` and their own fields."""
+
+    root: str = setting("data", "where data sets lie, or are downloaded to")
+    steps: int | None = setting(None, "training steps; else --epochs decides", int, 1)
+    seed: int = setting(0, "of weights, noise and the order of the data", int, 0, 2**63 - 1)
+    amp: str = setting("auto", "autocast: off, bf16, fp16, or auto: bf16 where it is in hardware",
+                       choices=("auto", "off", "bf16", "fp16"))
+    compile: bool = setting(False, "torch.compile the networks")
+    eval_every: int | None = setting(None, "steps between evaluations", int, 1)
+    samples: int | None = setting(None, "generated images a metric is computed from", int, 10)
+    inception: str | None = setting(None, "weights for fid: auto (downloads), a path, off", str)
+
+    def check(self):
+        """Raises UserError, in one sentence, for a value of another type or out of its range."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            flag = flag_of(field.name)
+            about = field.metadata
+            kind = about["kind"]
+            if value is None and field.default is None:
+                continue
+            if type(value) is not kind and not (kind is float and type(value) is int):
+                raise UserError(f"{flag} {value!r} is not of the type {kind.__name__}")
+            if about["choices"] and value not in about["choices"]:
+                raise UserError(f"{flag} {value} is not one of {', '.join(about['choices'])}")
+            if kind is str and not value:
+                raise UserError(f"{flag} is empty")
+            if about["least"] is not None and not value >= about["least"]:
+                raise UserError(f"{flag} {value} is too small: at least {about['least']:g}")
+            if kind in (int, float) and not value <= about["most"]:
+                raise UserError(f"{flag} {value} is too large: at most {about['most']:g}")
+
+
+FREE = ("dataset", "root", "steps", "epochs", "amp", "compile", "eval_every", "samples",
+        "inception")  # what may change when resuming; the data by its place, not by its content
+
+
+def flag_of(name):
+    return "--" + name.replace("_", "-")
+
+
+def add_flags(parser, settings):
+    """A flag for each field of `settings` that has a text and that its model has."""
+    for field in dataclasses.fields(settings):
+        about = field.metadata
+        if not about["text"] or (about["models"] and settings.model not in about["models"]):
+            continue
+        value = getattr(settings, field.name)
+        text = about["text"].replace("%", "%%") + ("" if value is None else f" ({value})")
+        how = dict(type=about["kind"], metavar="X")
+        if about["kind"] is bool:
+            how = dict(action="store_true", default=None)
+        parser.add_argument(flag_of(field.name), help=text, **how)
+
+
+def parse(argv, file, about, preset, extra=None):
+    """The command line of a paper's file -> (args, settings, checkpoint or None).
+
+    The flags are those of the system that --model names, or that --resume holds, with its values
+    as defaults: preset(model, dataset). A flag sets the field of its name, and when resuming only
+    fields in FREE may change. extra(parser, instead) adds a file's own. Raises UserError.
+    """
+    first = Parser(add_help=False, allow_abbrev=False)
+    for flag in ("--model", "--dataset", "--resume"):
+        first.add_argument(flag)
+    known = first.parse_known_args(argv)[0]
+    checkpoint = None
+    if known.resume is None:
+        settings = preset(known.model, None if known.dataset is None else whole_name(known.dataset))
+    else:
+        checkpoint = load_checkpoint(known.resume, file)
+        settings = settings_of(checkpoint, preset)
+    parser = Parser(prog=f"{file}.py", description=about.splitlines()[0], allow_abbrev=False,
+                    epilog=f"The flags of --model {settings.model} on {settings.dataset}.")
+    add_flags(parser, settings)
+    add = parser.add_argument
+    add("--device", default="auto", metavar="X", help="auto, cpu, cuda, cuda:1")
+    add("--out", metavar="DIR", help=f"the run's folder (runs/{file}-MODEL-DATASET-sSEED)")
+    add("--resume", metavar="RUN", help="continue the run in this folder")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--sample", type=int, metavar="N", help="with --resume: draw N samples")
+    instead.add_argument("--bench", type=int, metavar="N", help="only time N steps; prints JSON")
+    if extra:
+        extra(parser, instead)
+    args = parser.parse_args(argv)
+    for name, value in (("--sample", args.sample), ("--bench", args.bench)):
+        if value is not None and not 0 < value < 2**31:
+            raise UserError(f"{name} {value} is out of range: 1 or more")
+    if args.sample and not checkpoint:
+        raise UserError("--sample needs --resume RUN, the run to draw from")
+    if args.out == "":
+        raise UserError("--out is empty")
+    given = {f.name: getattr(args, f.name, None) for f in dataclasses.fields(settings)}
+    given = {name: value for name, value in given.items() if value is not None}
+    return args, with_flags(settings, given, checkpoint), checkpoint
+
+
+def with_flags(settings, given, checkpoint):
+    """The settings with the given values. Raises UserError for what cannot be."""
+    if "dataset" in given:
+        given["dataset"] = whole_name(given["dataset"])
+    if "epochs" in given and "steps" not in given:
+        given["steps"] = None  # a length in epochs replaces one in steps
+    for name, value in given.items() if checkpoint else ():
+        before = getattr(settings, name)
+        if value != before and name not in FREE:
+            raise UserError(f"--resume: the run has {name} {before}, not {value}; "
+                            f"leave {flag_of(name)} out")
+    settings = dataclasses.replace(settings, **given)
+    settings.check()
+    return settings
+
+
+def settings_of(checkpoint, preset):
+    """The settings that a checkpoint was trained with. Raises UserError if they do not fit."""
+    saved = checkpoint["settings"]
+    try:
+        settings = type(preset(saved["model"], saved["dataset"]))(**saved)
+        settings.check()
+    except (TypeError, KeyError, UserError) as error:
+        raise UserError("--resume: the checkpoint's settings are not of this version of the file "
+                        f"({first_line(error)})") from None
+    return settings
+
+
+# ---- Checkpoints, written and read ---------------------------------------------------------------
+
+
+def save_atomic(content, path):
+    """torch.save under a temporary name, then a rename: nobody ever sees half a file.
+
+    Raises UserError if that fails, for want of space for instance; what was there before stays.
+    """
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    try:
+        torch.save(content, temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        raise UserError(f"{path} cannot be written ({first_line(error)}); what was there before "
+                        "is whole") from None
+    finally:  # Ctrl-C leaves none behind either
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def read_saved(path, **options):
+    """What `save_atomic` put there, tensors and plain values only. ValueError for anything else.
+
+    The checksums are read first, since torch.load lets a flipped bit in a tensor pass.
+    """
+    try:
+        with zipfile.ZipFile(path) as whole:
+            packed = any(part.compress_type != zipfile.ZIP_STORED for part in whole.infolist())
+            if packed or whole.testzip() is not None:  # torch.save packs nothing
+                raise ValueError
+        return torch.load(path, weights_only=True, **{"map_location": "cpu"} | options)
+    except pickle.UnpicklingError:
+        raise ValueError("it holds more than tensors and plain values, so it was refused") from None
+    except PermissionError as error:
+        raise ValueError(f"it cannot be read ({error.strerror})") from None
+    except Exception:  # half a dozen kinds, depending on which byte it is
+        raise ValueError("it is damaged or truncated") from None
+
+
+CHECKPOINT = dict(file=str, settings=dict, step=int, data=str, channels=int, weights=dict,
+                  optimisers=dict, scaler=dict, batches=dict, random=list)
+
+
+def load_checkpoint(path, file):
+    """The checkpoint in a run's folder (or the .pt itself), as plain data on the CPU.
+
+    Raises UserError if it is absent, damaged, of another file, or a pickle that would run code.
+    """
+    if path == "":
+        raise UserError("--resume is empty")
+    path = Path(path).expanduser()
+    if path.is_dir() or path.suffix != ".pt":
+        path = path / "last.pt"
+    if not path.is_file():
+        raise UserError(f"--resume: there is no checkpoint {path}")
+    try:
+        state = read_saved(path)
+    except ValueError as error:
+        raise UserError(f"--resume: {path}: {error}; an older best.pt may still be whole") from None
+    plain = isinstance(state, dict)
+    if not plain or any(not isinstance(state.get(k), kind) for k, kind in CHECKPOINT.items()):
+        raise UserError(f"--resume: {path} is not a checkpoint of {file}.py")
+    if state["file"] != file:
+        raise UserError(f"--resume: {path} was written by {state['file']}.py, not by {file}.py")
+    return state
+
+
+def optimisers_of(model):
+    """{name: optimiser}: the attributes of a model that are optimisers."""
+    return {k: v for k, v in vars(model).items() if isinstance(v, torch.optim.Optimizer)}
+
+
+def restore(checkpoint, model):
+    """Puts weights and optimisers back. Raises UserError if the networks are of another shape."""
+    try:
+        model.load_state_dict(checkpoint["weights"])
+        for name, optimiser in optimisers_of(model).items():
+            optimiser.load_state_dict(checkpoint["optimisers"][name])
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise UserError("--resume: the checkpoint's networks are of another shape than the "
+                        f"settings ask for ({reason})") from None
+    model.iteration = checkpoint["step"]
+
+
+# ---- Run folders ---------------------------------------------------------------------------------
+
+LOG_EVERY = 50  # steps
+SAVE_EVERY = 500
+
+
+def run_folder(args, default):
+    """The run's folder: that of --resume, or the first free name of --out, NAME, NAME-2, ...
+
+    Raises UserError if --out holds something else than the run that is to be continued in it.
+    """
+    out = Path(args.out or default).expanduser()
+    if args.resume is None:
+        names = (out if n == 1 else out.with_name(f"{out.name}-{n}") for n in itertools.count(1))
+        return next(name for name in names if not (name / "config.json").exists())
+    resumed = Path(args.resume).expanduser()
+    resumed = resumed.parent if resumed.is_file() else resumed
+    if args.out is None or out.resolve() == resumed.resolve():
+        return resumed
+    if out.is_dir() and any(out.iterdir()):
+        raise UserError(f"--out {out} holds something else; give a new folder, or leave it out to "
+                        f"go on in {resumed}")
+    return out
+
+
+def versions():
+    """What a number was measured with, as config.json keeps it; "+": with uncommitted changes."""
+    revision = None
+    with contextlib.suppress(OSError):
+        command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+        here = Path(__file__).resolve().parent
+        revision = subprocess.run(command, cwd=here, capture_output=True, text=True).stdout.strip()
+    return dict(python=sys.version.split()[0], torch=torch.__version__, revision=revision or None,
+                torchvision=torchvision.__version__, threads=torch.get_num_threads())
+
+
+class Run:
+    """The folder of one run: its settings, log and checkpoints. Of several ranks only 0 writes.
+
+    config.json   every setting, the commands, versions, hardware
+    log.jsonl     a JSON object a line: `step`, `epoch`, then either `img_per_s` and mean losses
+                  since the line before, or an evaluation: `steps`, the length of the run, its
+                  metrics, and `protocol`, what they were computed from
+    samples/, recon/, figures/   pictures by step
+    last.pt, best.pt             checkpoints: the latest, and that of the best evaluation
+    drawn/, probe-NAME.jsonl     what --sample and --probe leave
+
+    It is made before anything is computed. Raises UserError if the folder cannot be written.
+    """
+
+    def __init__(self, folder, file, settings, machine, checkpoint=None):
+        self.folder = Path(folder)
+        self.file = file
+        self.settings = settings
+        self.machine = machine
+        self.checkpoint = checkpoint
+        self.rank = from_environment("RANK", "0")
+        self.world = from_environment("WORLD_SIZE", "1")
+        self.main = self.rank == 0
+        self.best = None  # the least score so far
+        self.signal = 0
+        self.step = 0
+        self.losses = []
+        self.text = ""
+        self.shown = 0.0
+        if self.world > 1:
+            dist.barrier()  # every rank has chosen the same folder before it is made
+        if self.main:
+            self.open_folder()
+
+    def open_folder(self):
+        """Makes the folder and writes config.json, with the commands that were there before."""
+        earlier = []
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+            before = json.loads((self.folder / "config.json").read_text())
+            earlier = [*before.get("earlier_commands", ()), before["command"]]
+        about = dict(command=" ".join(sys.argv), earlier_commands=earlier, world=self.world,
+                     device=str(self.machine.device), precision=self.machine.amp)
+        about = dataclasses.asdict(self.settings) | about | versions()
+        try:
+            for name in ("samples", "recon", "figures"):
+                (self.folder / name).mkdir(parents=True, exist_ok=True)
+            self.log_file = open(self.folder / "log.jsonl", "a")
+            (self.folder / "config.json").write_text(json.dumps(about, indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write to the run folder {self.folder}: {error.strerror}; "
+                            "choose another with --out") from None
+
+    def begin(self, model, batches, data, steps):
+        """Puts a checkpoint back, and lets the ranks train one model. Returns the steps behind.
+
+        data: the fingerprint of the training set; steps: the length of the run. Raises UserError
+        if the checkpoint is of other networks, other data or another number of ranks.
+        """
+        self.model = model
+        self.batches = batches
+        self.data = data
+        self.steps = steps
+        torch.manual_seed(self.settings.seed + 1000 * self.rank)  # each rank has its own noise
+        if self.checkpoint:
+            self.put_back(self.checkpoint)
+        for parameter in model.parameters() if self.world > 1 else ():
+            # so an optimiser descends the mean loss of the joint batch, and no model knows of ranks
+            parameter.register_post_accumulate_grad_hook(lambda p: average(p.grad))
+        if model.iteration == steps and self.main:
+            print(f"the run is at step {steps} already; --steps beyond that would continue it",
+                  file=sys.stderr)
+        self.first = model.iteration
+        self.began = time.time()
+        self.start_clock(model.iteration)
+        return model.iteration
+
+    def put_back(self, state):
+        """Goes on from a checkpoint. Raises UserError, as `begin` says, if that cannot be."""
+        if state["data"] != self.data:
+            raise UserError(f"--resume: {self.settings.dataset} holds other data than the run was "
+                            "trained on; start a new run")
+        if len(state["random"]) != self.world:
+            raise UserError(f"--resume: the run has {len(state['random'])} ranks, and here are "
+                            f"{self.world}; start as many with torchrun")
+        restore(state, self.model)
+        if state["scaler"]:  # empty where the run was not of fp16 so far
+            self.machine.scaler.load_state_dict(state["scaler"])
+        self.batches.load_state_dict(state["batches"])
+        for set_state, mine in zip(self.generators("set_rng_state"), state["random"][self.rank]):
+            set_state(mine)
+        protocol = all(state["settings"].get(name) == getattr(self.settings, name)
+                       for name in ("inception", "samples"))
+        if protocol and (self.folder / "best.pt").exists():
+            self.best = state.get("best")
+        if self.main:
+            self.forget_after(state["step"])
+
+    def generators(self, verb):
+        """Get or set the state of each generator of random numbers in use."""
+        cuda = [getattr(torch.cuda, verb)] if self.machine.device.type == "cuda" else []
+        return [getattr(torch, verb), *cuda]
+
+    def forget_after(self, step):
+        """Drops log lines past the checkpoint, and a line torn by a kill: they are redone."""
+        kept = []
+        path = self.folder / "log.jsonl"
+        for line in path.read_text(errors="replace").splitlines():
+            with contextlib.suppress(ValueError, TypeError, LookupError):
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+        self.log_file.close()
+        path.with_suffix(".tmp").write_text("".join(kept))
+        os.replace(path.with_suffix(".tmp"), path)
+        self.log_file = open(path, "a")
+
+    def __enter__(self):
+        """From here to the end of the `with`, Ctrl-C and SIGTERM are only noted: the loop saves."""
+        def note(number, frame):
+            self.signal = number
+
+        signals = (signal.SIGINT, signal.SIGTERM)
+        self.handlers = {number: signal.signal(number, note) for number in signals}
+        return self
+
+    def __exit__(self, kind, error, trace):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if self.main:
+            self.log_file.close()
+        if isinstance(error, NotFinite):  # a loss, a weight, or what an evaluation found
+            raise NotFinite(f"step {self.step}: {error}; the last good checkpoint is "
+                            f"{self.folder / 'last.pt'}") from None
+
+    def add(self, step, losses):
+        """Keeps one step's losses on the device: reading each at once would stall a GPU."""
+        self.step = step
+        self.losses += [(step, name, value.detach().float()) for name, value in losses.items()]
+        for buffer in self.model.buffers() if self.world > 1 else ():
+            if buffer.is_floating_point():  # running statistics: the ranks keep one model
+                average(buffer)
+
+    def log_losses(self, step):
+        """A line of mean losses since the last one. Raises NotFinite, first bad step and term."""
+        means = {}
+        values = torch.stack([value for _, _, value in self.losses]).tolist()
+        for (at, name, _), value in zip(self.losses, values):
+            if not math.isfinite(value):
+                self.step = at
+                raise NotFinite(f"the loss '{name}' is {value}")
+            means.setdefault(name, []).append(value)
+        means = {name: round(sum(v) / len(v), 6) for name, v in means.items()}
+        images = (step - self.counted) * self.batches.batch * self.world
+        rate = round(images / max(time.time() - self.since, 1e-9), 1)
+        self.log(step, img_per_s=rate, **means)
+        self.text = "  ".join(f"{k} {v:.3f}" for k, v in means.items()) + f"  {rate:.0f} img/s"
+        self.losses = []
+        self.start_clock(step)
+
+    def start_clock(self, step):
+        """Images a second are counted from here: those of training alone."""
+        self.counted = step
+        self.since = time.time()
+
+    def log(self, step, **values):
+        """One line of log.jsonl. Raises NotFinite for a number that JSON has no word for."""
+        for name, value in values.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise NotFinite(f"'{name}' is {value}")
+        if self.main:
+            epoch = round(step / self.batches.steps_per_epoch, 3)
+            self.log_file.write(json.dumps({"step": step, "epoch": epoch} | values) + "\n")
+            self.log_file.flush()
+
+    def status(self, step):
+        """One line, rewritten in place on a terminal; elsewhere a line every half minute."""
+        terminal = sys.stderr.isatty()
+        due = terminal or time.time() - self.shown > 30 or step == self.steps
+        if self.main and due:
+            self.shown = time.time()
+            left = (self.shown - self.began) / max(step - self.first, 1) * (self.steps - step)
+            line = f"step {step}/{self.steps}  {self.text}  {left // 60:.0f}:{left % 60:02.0f} left"
+            print(f"\r\033[K{line}" if terminal else line, end="" if terminal else "\n",
+                  file=sys.stderr, flush=True)
+
+    def report(self, step, metrics):
+        """Logs an evaluation, and says it in a line that a person reads."""
+        self.log(step, steps=self.steps, **metrics)
+        shown = {k: f"{v:.4g}" if isinstance(v, (int, float)) else v for k, v in metrics.items()
+                 if k != "protocol" and not isinstance(v, list)}
+        print("\r\033[K" if sys.stderr.isatty() else "", end="", file=sys.stderr, flush=True)
+        print(f"step {step}: " + "  ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
+        self.start_clock(step)
+
+    def agree(self, flag):
+        """True on every rank if `flag` is true on any."""
+        flag = torch.tensor(float(flag), device=self.machine.device)
+        if self.world > 1:
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag)
+
+    def interrupted(self, step):
+        """True once Ctrl-C or SIGTERM has arrived; several ranks agree on it every 20 steps."""
+        if self.world == 1:
+            return self.signal > 0
+        return step % 20 == 0 and self.agree(self.signal > 0)
+
+    def is_best(self, score):
+        """Whether this score is the least so far. None never is."""
+        better = self.agree(score is not None and (self.best is None or score <= self.best))
+        if better:
+            self.best = score
+        return better
+
+    def check_finite(self):
+        """Raises NotFinite for a weight that is not: the losses have not shown it yet."""
+        for name, value in self.model.state_dict().items():
+            if not value.isfinite().all():
+                raise NotFinite(f"the weights '{name}' are not finite")
+
+    def save(self, name, step):
+        """Writes all that resuming needs, as tensors and plain values. Every rank calls it."""
+        random = [get_state() for get_state in self.generators("get_rng_state")]
+        every = [random] * self.world
+        if self.world > 1:
+            dist.all_gather_object(every, random)
+        optimisers = {k: v.state_dict() for k, v in optimisers_of(self.model).items()}
+        if self.main:
+            state = dict(
+                file=self.file, settings=dataclasses.asdict(self.settings), step=step,
+                best=self.best, data=self.data, channels=self.batches.dataset.channels,
+                weights=self.model.state_dict(), optimisers=optimisers, random=every,
+                scaler=self.machine.scaler.state_dict(), batches=self.batches.state_dict())
+            save_atomic(state, self.folder / name)
+
+    def leave(self, step):
+        """Ends the loop after a signal."""
+        raise Interrupted(f"stopped at step {step} and saved; continue with --resume {self.folder}",
+                          self.signal or signal.SIGTERM)
+
+
+# ---- The command line: look at what you train on -------------------------------------------------
+
+
+def sheet(dataset):
+    """What a network is shown, uint8 (C, H, W): ten by ten images, or the points' density."""
     if dataset.kind == "points":
         reach = 1.05 * float(dataset.x.abs().max())
-        density = torch.histogramdd(dataset.x, [160, 160], range=[-reach, reach, -reach, reach]).hist
-        shade = (density / density[density > 0].quantile(0.8)).clamp(max=1).T.flip(0)[None, None]  # x right, y up
+        box = [-reach, reach, -reach, reach]
+        density = torch.histogramdd(dataset.x, [160, 160], range=box).hist
+        shade = (density / density[density > 0].quantile(0.8)).clamp(max=1)
+        shade = shade.T.flip(0)[None, None]  # x to the right, y upwards
         return to_uint8(1 - 2 * F.interpolate(shade, scale_factor=4))[0]
-    x = next(ordered(dataset, n=100, batch=100))[0]
-    x = F.interpolate(x, scale_factor=max(1, 64 // x.shape[-1]))  # nearest: shows the pixels
+    x, _ = next(ordered(dataset, n=100, batch=100))
+    x = F.interpolate(x, scale_factor=max(1, 64 // x.shape[-1]))  # `nearest` shows the pixels.
     return to_uint8(torchvision.utils.make_grid(x, nrow=10, pad_value=0.0))
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse with its complaint as one sentence."""
-
-    def error(self, message):
-        raise UserError(f"{message}; see --help")
-
-
-def main(argv=None) -> int:
-    """The command line, `python data.py NAME`; returns the exit code (2 after one sentence for a user's mistake)."""
+def main(argv=None):
+    """`python data.py NAME`: a summary and a sheet of a hundred pictures. Raises UserError."""
     parser = Parser(description="Look at a dataset: a summary, and a sheet of a hundred pictures.")
-    parser.add_argument("name", help=f"{', '.join(IMAGE_SETS + POINT_SETS)}, or a folder of pictures")
-    parser.add_argument("--root", default="data", help="where downloads and the cache live (default: data)")
-    parser.add_argument("--size", type=int, help="pixels to decode to, for folders, celeba and lsun-church")
+    names = ", ".join(IMAGE_SETS + POINT_SETS)
+    parser.add_argument("name", help=f"{names}, or a folder of pictures")
+    parser.add_argument("--root", default="data", help="where downloads and the cache live (data)")
+    parser.add_argument("--size", type=int, help="pixels, for folders, celeba and lsun-church")
     parser.add_argument("--split", default="train", help="train (default) or test")
     parser.add_argument("--out", help="the sheet (default: NAME-SPLIT.png)")
+    args = parser.parse_args(argv)
+    folder = Path(args.name).expanduser().resolve()
+    inside = Path(args.out or "sheet.png").resolve().is_relative_to(folder)
+    if args.name not in IMAGE_SETS + POINT_SETS and inside:
+        raise UserError(f"the sheet would be one of the pictures in {folder}: give another --out")
+    dataset = load(args.name, args.root, args.size, args.split)
+    out = args.out or f"{dataset.name}-{dataset.split}.png"
     try:
-        args = parser.parse_args(argv)
-        folder = Path(args.name).expanduser().resolve()
-        if args.name not in IMAGE_SETS + POINT_SETS and Path(args.out or "sheet.png").resolve().is_relative_to(folder):
-            raise UserError(f"the sheet would become one of the pictures in {folder}: give another --out")
-        dataset = load(args.name, args.root, args.size, args.split)
-        out = args.out or f"{dataset.name}-{dataset.split}.png"
-        try:
-            Image.fromarray(sheet(dataset).permute(1, 2, 0).squeeze(2).numpy()).save(out)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{out} cannot be written ({error}): give another --out") from None
-    except UserError as error:
-        print(f"data.py: {error}", file=sys.stderr)
-        return 2
-    x, y = dataset.x, dataset.y
-    print(f"{dataset.name} ({dataset.split}): {str(x.dtype)[6:]} {tuple(x.shape)} from {x.min():g} to {x.max():g}")
-    if y is None:
+        Image.fromarray(sheet(dataset).permute(1, 2, 0).squeeze(2).numpy()).save(out)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{out} cannot be written ({error}): give another --out") from None
+    x = dataset.x
+    print(f"{dataset.name} ({dataset.split}): {str(x.dtype)[6:]} {tuple(x.shape)} "
+          f"from {x.min():g} to {x.max():g}")
+    if dataset.y is None:
         print("no labels")
     else:
-        count = y.bincount()
-        print(f"{len(count)} labels, each {count.min():,} to {count.max():,} times"
-              + (f"; in triples {dataset.classes:,} classes" if dataset.stacked else ""))
+        count = dataset.y.bincount()
+        triples = f"; in triples {dataset.classes:,} classes" if dataset.stacked else ""
+        print(f"{len(count)} labels, each {count.min():,} to {count.max():,} times{triples}")
     print(f"drawn to {out}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))
