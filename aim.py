@@ -16,7 +16,8 @@ many codes to one image (mode collapse) pays for it in the second term. E reads 
 training them, which keeps it small.
 
     python aim.py                                      25 Gaussians (Table 2, Fig. 3), offline
-    python aim.py --model gan                          a baseline: gan, ali, alice, alice-adv
+    python aim.py --model gan                          or veegan, unrolled, pacgan, ali, alice, ...
+    python aim.py --model veegan --authors             a baseline as its own authors have it (D14)
     python aim.py --dataset mnist                      Table 3: 28 x 28 pixels, 400 epochs
     python aim.py --dataset mnist --latent 2           Fig. 4: codes by class, and the manifold
     python aim.py --dataset cifar10 --model aim-minus  Table 4: 64 x 64 pixels; AIM-: sigma = 1
@@ -27,6 +28,7 @@ D10, for some ten minutes.
 """
 
 import contextlib
+import functools
 import json
 import math
 import sys
@@ -47,7 +49,8 @@ try:
 except ImportError as error:
     if __name__ != "__main__":
         raise
-    sys.exit(f"aim.py: put data.py and metrics.py beside it ({error})")
+    print(f"aim.py: put data.py and metrics.py beside it ({error})", file=sys.stderr)
+    sys.exit(2)
 
 FILE = "aim"
 
@@ -104,7 +107,7 @@ class Machine:
 
 
 # ==================================================================================================
-# AIM, and GAN, ALI and ALICE, with which it is compared
+# AIM, and the systems with which it is compared
 # ==================================================================================================
 #
 # Notation
@@ -133,53 +136,71 @@ class Machine:
 # Algorithm 2: `encode` is mu(x), `reconstruct` is G(mu(x)), `neighbours` is G of z ~ q(z|x).
 #
 # Deviations. No code of AIM's authors is known, so there is no column for it; "-": no switch.
-# no. | paper                      | here, and why                                        | switch
-# D1  | Table 3's G: 3 channels    | as many as the data have; Table 3's D takes 1        | -
-# D2  | silent on E's sigma^2      | E gives log sigma^2, clamped to [-10, 10]: it stays  | -
-#     |                            | positive, and 1 / sigma^2 finite                     |
-# D3  | all losses, then updates   | so here; most GAN code asks the moved D for L_g      | -
-# D4  | silent on 2-D networks     | ALI's 2-D networks, beta1 .8, batch; ours: alpha     | --lr
-#     | and their training         | 5e-4, 30 epochs, and an init spread over the data:   | --beta1
-#     |                            | with N(0, .02) D bends at 0 alone, and finds modes   | --std
-#     |                            | later                                                |
-# D5  | Table 3: images in [0, 1]  | in [-1, 1], as all data here; G's last layer and     | -
-#     |                            | D_feature's first convert                            |
-# D6  | Eq. (6) starves G          | `aim-fgan` minimises it as printed; it bounds        | --model
-#     |                            | KL(q || p), and Eq. (3) asks for KL(p || q)          |
-# D7  | ALI, ALICE are quoted      | trained, G as AIM's, D_feature and E of their own;   | --model
-#     |                            | D joins z to D_feature(x) before Table 3's D_con, of |
-#     |                            | points to x; G and E play the non-saturating game    |
-# D8  | ALICE: ||x - G(z)||_k^k    | its mean over numbers, k = 2, times lam = 1;         | --k
-#     |                            | `alice-adv`: a D on the pairs (x, x), (x, G(z))      | --lam
-# D9  | silent on BN               | scale 1, shift 0. G's running statistics follow the  | -
-#     |                            | prior's codes alone, since `sample` uses them        |
-# D10 | MNIST is scored by Li et   | `is_li`: by that network, trained anew; `is`: by the | -
-#     | al.'s network (TensorFlow) | small classifier of the other files                  |
-# D11 | silent on paddings         | 1 at stride 2, and as in E of Table 4 below: they    | -
-#     |                            | give the printed 576 = 64 * 3^2 and 512 = 128 * 2^2  |
-# D12 | silent on biases before BN | none: BN would undo them                             | -
+# no. | paper                      | here, and why                                       | switch
+# D1  | Table 3's G: 3 channels    | as many as the data have; Table 3's D takes 1       | -
+# D2  | silent on E's sigma^2      | E gives log sigma^2, clamped to [-10, 10]: it stays | -
+#     |                            | positive, and 1 / sigma^2 finite                    |
+# D3  | all losses, then updates   | so here; most GAN code asks the moved D for L_g     | -
+# D4  | silent on 2-D networks     | ALI's 2-D networks, beta1 .8, batch; ours: alpha    | --lr
+#     | and their training         | 5e-4, 30 epochs, and an init spread over the data:  | --beta1
+#     |                            | with N(0, .02) D bends at 0 alone, and finds modes  | --std
+#     |                            | later                                               |
+# D5  | Table 3: images in [0, 1]  | in [-1, 1], as all data here; G's last layer and    | -
+#     |                            | D_feature's first convert                           |
+# D6  | Eq. (6) starves G          | `aim-fgan` minimises it as printed; it bounds       | --model
+#     |                            | KL(q || p), and Eq. (3) asks for KL(p || q)         |
+# D7  | ALI, ALICE are quoted      | trained, G as AIM's, D_feature and E of their own;  | --model
+#     |                            | D joins z to D_feature(x) before Table 3's D_con,   |
+#     |                            | of points to x; G, E play the non-saturating game   |
+# D8  | ALICE: ||x - G(z)||_k^k    | its mean over numbers, k = 2, times lam = 1;        | --k
+#     |                            | `alice-adv`: a D on the pairs (x, x), (x, G(z))     | --lam
+# D9  | silent on BN               | scale 1, shift 0. G's running statistics follow the | -
+#     |                            | prior's codes alone, since `sample` uses them       |
+# D10 | MNIST is scored by Li et   | `is_li`: by that network, trained anew; `is`: by    | -
+#     | al.'s network (TensorFlow) | the small classifier of the other files             |
+# D11 | silent on paddings         | 1 at stride 2, and as in E of Table 4 below: they   | -
+#     |                            | give the printed 576 = 64 * 3^2 and 512 = 128 * 2^2 |
+# D12 | silent on biases before BN | none: BN would undo them                            | -
+# D13 | VEEGAN and Unrolled GAN    | trained, and PacGAN; losses as in their authors'    | --model
+#     | are quoted                 | code for points. VEEGAN's F: an E with sigma = 1.   |
+#     |                            | Packs are made of a batch; theirs, of all data      |
+# D14 | the quoted rows have       | AIM's, so that rows compare (D4), or those of the   | --authors
+#     | settings of their own      | authors' code on points, but G without noise beside |
+#     |                            | z, and new z for each of ALICE's 5 steps of G       |
 
 # --------------------------------------------------------------------------------------- settings
 
 MODELS = {  # the systems, and what each changes of AIMConfig
-    "aim": {}, "gan": {}, "ali": {}, "alice": dict(lam=1.0), "alice-adv": dict(lam=1.0),
+    "aim": {}, "gan": {}, "pacgan": {}, "unrolled": {}, "ali": {},
+    "alice": dict(lam=1.0), "alice-adv": dict(lam=1.0),
     "aim-minus": dict(fixed_variance=True),  # Sec. 5.1
     "aim-fgan": dict(game="fgan", lam=1.0),  # Sec. 4.4: Eq. (6) needs no balance
+    "veegan": dict(fixed_variance=True),
 }
-TABLE3 = dict(size=28, epochs=400.0)
+TABLE3 = dict(size=28, epochs=400.0, std=0.02)
+TABLE4 = dict(size=64, std=0.02)  # the other values of AIMConfig are those of this table
 POINTS = dict(epochs=30.0, lr=5e-4, beta1=0.8, samples=2500, amp="off")  # D4; PacGAN's 2,500
-DATASETS = {  # what a data set changes of AIMConfig, whose own values are those of Table 4
-    "grid25": POINTS | dict(reach=4.0),
-    "ring8": POINTS | dict(reach=2.0),
-    "swissroll": POINTS | dict(epochs=400.0),
-    "mnist": TABLE3 | dict(samples=50_000),  # Sec. 5.1
-    "fashion-mnist": TABLE3 | dict(samples=50_000),
-    "cifar10": dict(samples=50_000),  # Sec. 5.1
+DATASETS = {  # what a data set changes; folders and all others: TABLE4
+    "swissroll": POINTS | dict(epochs=400.0), "swissroll3d": POINTS | dict(epochs=400.0),
+    "mnist": TABLE3 | dict(samples=50_000), "fashion-mnist": TABLE3 | dict(samples=50_000),
+    "cifar10": TABLE4 | dict(samples=50_000),  # Sec. 5.1, as for MNIST
     "digits": TABLE3 | dict(steps=2400, eval_every=800),  # ours: minutes on two cores
-    "stacked-digits": TABLE3 | dict(samples=26_000),
-    "stacked-mnist": TABLE3 | dict(samples=26_000),
+    "stacked-digits": TABLE3 | dict(samples=26_000), "stacked-mnist": TABLE3 | dict(samples=26_000),
 }
-WITH_LAM = ("aim", "aim-minus", "aim-fgan", "alice", "alice-adv")
+DATASETS |= {name: POINTS | dict(reach=data.mixture(name)[0].max().item())  # the largest number
+             for name in ("grid25", "ring8")}
+STEADY = dict(decay="none", beta1=0.5, lr=1e-3)
+ALIS = dict(decay="none", std=0.02, lr=1e-4)  # networks, beta1 and batch are those of D4
+ALICES = STEADY | dict(epochs=100.0, batch=128, g_steps=5)
+AUTHORS = {  # --authors (D14): what they change on points, on images, on one data set
+    ("pacgan", "points"): ALIS | dict(epochs=400.0),  # fjxmlzn/PacGAN
+    ("unrolled", "points"): STEADY | dict(steps=25_000, batch=512, lr_d=1e-4),  # poolio
+    ("veegan", "points"): STEADY | dict(steps=100_000, batch=500),  # akashgit/VEEGAN
+    ("ali", "points"): ALIS | dict(epochs=200.0),  # IshmaelBelghazi/ALI
+    ("alice", "points"): ALICES, ("alice-adv", "points"): ALICES | dict(lam=0.1),  # ChunyuanLI
+    ("alice", "images"): {}, ("alice-adv", "images"): dict(lam=0.1, g_steps=5),
+    ("alice", "cifar10"): dict(lam=1e-6, k=1.0),  # of its sweep, the cell that Table 1 quotes
+}
 
 
 @dataclass
@@ -188,28 +209,30 @@ class AIMConfig(Settings):
 
     model: str = setting("aim", f"the system: {', '.join(MODELS)}", choices=tuple(MODELS))
     dataset: str = setting("grid25", "a name (python data.py --help), or a folder of pictures")
+    authors: bool = setting(False, "the system as its own authors have it (D14)",
+                            models=tuple(dict.fromkeys(model for model, _ in AUTHORS)))
     size: int | None = setting(None, "pixels: 28, with Table 3's networks, or 64, Table 4's", int)
     width: int | None = setting(None, "channels of D's first layer; of points, G's layers", int, 2)
     latent: int | None = setting(None, "d, the numbers of a code", int, 1)
     batch: int = setting(100, "items a step and rank (Tables 3 and 4)", least=2)
     epochs: float = setting(300.0, "length, where --steps is not given (Table 4)", least=1e-9)
     lr: float = setting(2e-4, "alpha (Tables 3 and 4)", least=0)
-    decay: str = setting("sqrt", "of alpha: sqrt divides it by root epoch (Tables 3 and 4); none",
+    lr_d: float | None = setting(None, "alpha of D, if not --lr", float, 0, models=("unrolled",))
+    decay: str = setting("sqrt", "of alpha: sqrt, alpha / root epoch (Tables 3 and 4), or none",
                          choices=("sqrt", "none"))
     beta1: float = setting(0.5, "Adam's beta1 (Tables 3 and 4)", least=0, most=0.999)
     beta2: float = setting(0.999)  # Adam's own (paper silent)
-    std: float | None = setting(None, "initial weights N(0, std), biases 0: .02 (Tables 3 and 4); "
-                                      "of points spread over the data (D4)", float, 1e-6)
+    std: float | None = setting(None, "initial weights N(0, std), biases 0 (Tables 3 and 4); of "
+                                      "points else spread over the data (D4)", float, 1e-6)
     lam: float | None = setting(None, "weight of L_e, 1/d (Sec. 5); of ALICE's cycle (D8)", float,
-                                0, models=WITH_LAM)
+                                0, models=("aim", "aim-minus", "aim-fgan", "alice", "alice-adv"))
     k: float = setting(2.0, "the norm of ALICE's cycle (D8): 1 or 2", least=1, models=("alice",))
+    pack: int = setting(4, "m, the items that D judges together", least=1, models=("pacgan",))
+    unroll: int = setting(5, "K, the steps of D that G foresees", least=0, models=("unrolled",))
+    g_steps: int = setting(1)  # steps of G and E for one of D
     game: str = setting("gan", choices=("gan", "fgan"))  # Eq. (7) or Eq. (6)
-    fixed_variance: bool = setting(False)  # AIM-
+    fixed_variance: bool = setting(False)  # AIM-, VEEGAN: sigma = 1
     reach: float = setting(1.0)  # the extent of the points (D4)
-
-    def __post_init__(self):
-        if self.size is None and self.dataset not in POINT_SETS:
-            self.size = 64
 
     def check(self):
         """Raises UserError, in one sentence, for settings that cannot work."""
@@ -217,25 +240,35 @@ class AIMConfig(Settings):
         if self.dataset in POINT_SETS:
             for name in ("size", "inception"):
                 if getattr(self, name) is not None:
-                    raise UserError(f"--{name} is of images, and {self.dataset} holds points; "
-                                    "leave it out")
+                    raise UserError(f"--{name} is of images; {self.dataset} holds points")
         elif self.size not in (28, 64):
             raise UserError(f"--size {self.size}: the paper has networks for 28 pixels (Table 3) "
                             "and for 64 (Table 4)")
         if self.width and self.width % 2:
             raise UserError(f"--width {self.width} is not an even number")
+        if self.model == "pacgan" and self.pack > self.batch:
+            raise UserError(f"--pack {self.pack}: there are only {self.batch} items in a batch")
+        if self.model == "unrolled" and self.compile:
+            raise UserError("--compile does not go with unrolled, which differentiates D's steps")
 
 
-def preset(model=None, dataset=None):
-    """AIMConfig of a system on a data set: the paper's values, then the data's, then the system's.
+def preset(model=None, dataset=None, authors=False):
+    """AIMConfig: the paper's values, then the data set's, the system's, and its own `authors`'.
 
-    Raises UserError for a system there is not.
+    Raises UserError for a system there is not, and for one without settings of its authors.
     """
     model = model or "aim"
     dataset = dataset or "grid25"
     if model not in MODELS:
         raise UserError(f"--model {model} is not one of {', '.join(MODELS)}")
-    return AIMConfig(model=model, dataset=dataset, **(DATASETS.get(dataset, {}) | MODELS[model]))
+    settings = DATASETS.get(dataset, TABLE4) | MODELS[model]
+    if authors:
+        kind = "points" if dataset in POINT_SETS else "images"
+        own = AUTHORS.get((model, dataset), AUTHORS.get((model, kind)))
+        if own is None:
+            raise UserError(f"--authors: there are no such settings of {model} on {dataset}")
+        settings = settings | own | dict(authors=True)
+    return AIMConfig(model=model, dataset=dataset, **settings)
 
 
 # --------------------------------------------------------------------------------------- networks
@@ -318,9 +351,21 @@ class Encoder(nn.Module):
         return mu, self.log_var(h).float().clamp(-10, 10)  # D2
 
 
+class ImplicitEncoder(nn.Module):
+    """E of points x (B, c) and as much noise: mu is a draw of q(z|x) already, sigma is 0."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        z = self.network(torch.cat([x, torch.randn_like(x)], 1)).float()
+        return z, torch.full_like(z, -math.inf)
+
+
 class Networks:
-    """The networks of a table. w: channels of D's first layer, d: of a code, c: of x; as printed,
-    where not given."""
+    """The networks of a table: as printed, but for w, channels of D's first layer, d, numbers of a
+    code, and c, channels of x."""
 
     def __init__(self, width=None, latent=None, channels=None):
         self.w = width or self.w
@@ -333,9 +378,17 @@ class Networks:
         return rows(nn.Flatten(), (FC, n, 16 * w, "BN", "Leaky"), (FC, 16 * w, w, "", ""),
                     (FC, w, 1, "", ""), nn.Flatten(0), slope=self.slope)
 
-    def pair_critic(self):
-        """ALI's D (D7)."""
+    def whole_critic(self, channels):  # D, of x with so many channels
+        return nn.Sequential(self.features(channels), self.critic())
+
+    def pair_critic(self):  # ALI's D (D7)
         return PairCritic(self.features(), self.fc_critic(self.numbers * self.w + self.d))
+
+    def code_critic(self):  # ALICE's D of two codes (B, 2 d) (D14)
+        return self.fc_critic(2 * self.d)
+
+    def own_encoder(self, fixed_variance):  # ALI's E, of x (D7)
+        return nn.Sequential(self.features(), self.encoder(fixed_variance))
 
     def encoder_on(self, trunk, n, fixed_variance, norm="BN"):
         """E: on the n numbers of `trunk`, the tables' FC (mu) and FC (sigma)."""
@@ -347,7 +400,6 @@ class Networks:
 
 class Table3(Networks):
     """For 28 x 28 pixels (MNIST)."""
-
     w = 64
     d = 32
     c = 1
@@ -379,7 +431,6 @@ class Table3(Networks):
 
 class Table4(Networks):
     """For 64 x 64 pixels (CIFAR-10, CelebA)."""
-
     w = 128
     d = 64
     c = 3
@@ -415,11 +466,10 @@ class Table4(Networks):
 
 
 class Points(Networks):
-    """For points: G and D of ALI's 2-D experiment, for E two-layer heads as in Table 3 (D4).
+    """For points: G, of layers of w, and D of ALI's 2-D experiment, E's heads as in Table 3 (D4).
 
-    w: G's layers. reach: the extent of the points, which the initial weights are fitted to.
+    reach: the extent of the points, which the initial weights are fitted to.
     """
-
     w = 400
     d = 2
     c = 2
@@ -444,7 +494,10 @@ class Points(Networks):
         return rows(Maxout(half, half), FC(half, 1), nn.Flatten(0))
 
     def pair_critic(self):  # z joins x itself
-        return PairCritic(nn.Identity(), rows(*self.features(self.c + self.d), *self.critic()))
+        return PairCritic(nn.Identity(), self.whole_critic(self.c + self.d))
+
+    def code_critic(self):
+        return self.whole_critic(2 * self.d)
 
     def encoder(self, fixed_variance=False):  # (B, w / 2) -> (B, d) twice
         E = self.encoder_on(nn.Identity(), self.w // 2, fixed_variance, norm="")
@@ -454,12 +507,66 @@ class Points(Networks):
         return E
 
 
+class ALIPoints(Points):
+    """ALI's authors', with an implicit E (D14)."""
+
+    def own_encoder(self, fixed_variance):
+        return ImplicitEncoder(rows((FC, 2 * self.c, self.w, "BN", "ReLU"),
+                                    (FC, self.w, self.w, "BN", "ReLU"),
+                                    (FC, self.w, self.d, "", "")))
+
+
+class Perceptrons(Points):
+    """Of other authors (D14): two hidden layers of w, in D `hidden_of_d`; `initial` fills them."""
+
+    def __init__(self, width, latent, channels, w, d, hidden_of_d=2, nonlinearity="ReLU",
+                 initial=nn.init.xavier_uniform_, implicit=False):
+        super().__init__(width or w, latent or d, channels)
+        self.hidden_of_d = hidden_of_d
+        self.nonlinearity = nonlinearity
+        self.initial = initial
+        self.implicit = implicit
+
+    def perceptron(self, n_in, n_out, hidden=2):
+        inputs = [n_in, *[self.w] * (hidden - 1)]
+        network = rows(*((FC, n, self.w, "", self.nonlinearity) for n in inputs),
+                       (FC, self.w, n_out, "", ""))
+        for layer in network[::2]:
+            self.initial(layer.weight)
+            nn.init.zeros_(layer.bias)
+        return network
+
+    def generator(self):
+        return self.perceptron(self.d, self.c)
+
+    def features(self, channels=None):  # (B, c) -> (B, 1), all of D
+        return self.perceptron(channels or self.c, 1, self.hidden_of_d)
+
+    def critic(self):
+        return nn.Flatten(0)
+
+    def own_encoder(self, fixed_variance):
+        if self.implicit:
+            return ImplicitEncoder(self.perceptron(2 * self.c, self.d))
+        return Encoder(nn.Identity(), self.perceptron(self.c, self.d))
+
+
+NETWORKS = {  # by size; those of a system's authors on points by its name
+    None: Points, 28: Table3, 64: Table4, "pacgan": Points, "ali": ALIPoints,
+    "unrolled": functools.partial(Perceptrons, w=128, d=256, nonlinearity="Tanh",
+                                  initial=functools.partial(nn.init.orthogonal_, gain=1.4)),
+    "veegan": functools.partial(Perceptrons, w=128, d=254, hidden_of_d=1),
+    "alice": functools.partial(Perceptrons, w=256, d=2, implicit=True),
+}
+NETWORKS["alice-adv"] = NETWORKS["alice"]
+
+
 def networks_of(config, channels=None):
     """The Networks for `config.size`, and for the channels of the data (None: as printed)."""
-    table = {None: Points, 28: Table3, 64: Table4}[config.size]
-    networks = table(config.width, config.latent, channels)
-    networks.reach = config.reach
-    return networks
+    own = config.authors and config.size is None
+    make = NETWORKS[config.model if own else config.size](config.width, config.latent, channels)
+    make.reach = config.reach
+    return make
 
 
 def initialise(model, std):
@@ -510,16 +617,24 @@ def posterior_nll(z, mu, log_var):
 
 
 def joint_loss(real, fake):
-    """ALI's loss of G and E, non-saturating: logits (B,) of (x, E(x)) and of (G(z), z).
-
-    Each side wants to be taken for the other.
-    """
+    """ALI's loss of G and E: the pairs (x, E(x)) and (G(z), z) shall be taken for each other."""
     return F.softplus(real).mean() + F.softplus(-fake).mean()
 
 
 def cycle_loss(x, x_hat, k=2):
     """ALICE's cycle: the mean of |x - x_hat|^k over all numbers (D8). Equal shapes; float32."""
     return (x.float() - x_hat.float()).abs().pow(k).mean()
+
+
+def adam_step(weights, gradients, moments, t, lr, betas, eps=1e-8):
+    """Step t = 1, 2, ... of torch's Adam, differentiable: -> new weights, new moments (m, v)."""
+    moments = [(m.lerp(g, 1 - betas[0]), v.lerp(g.square(), 1 - betas[1]))
+               for g, (m, v) in zip(gradients, moments)]
+    new = []
+    for w, (m, v) in zip(weights, moments):
+        root = (v / (1 - betas[1] ** t)).clamp_min(1e-30).sqrt()  # a root has no derivative at 0
+        new.append(torch.addcdiv(w, m, root + eps, value=-lr / (1 - betas[0] ** t)))
+    return new, moments
 
 
 # ----------------------------------------------------------------------------------------- models
@@ -543,10 +658,7 @@ class GAN(nn.Module):
         make = networks_of(config, channels)
         self.latent = make.d
         of_d, of_g = self.make_networks(make)
-        std = config.std
-        if std is None and config.size:
-            std = 0.02  # Tables 3 and 4
-        initialise(self, std)
+        initialise(self, config.std)
         self.to(self.machine.device, memory_format=torch.channels_last)
         betas = (config.beta1, config.beta2)
         self.optimiser_d = self.machine.adam(of_d.parameters(), config.lr, betas)
@@ -561,26 +673,34 @@ class GAN(nn.Module):
 
     def begin_step(self):
         """The learning rate is alpha / sqrt(t), t = 1, 2, ... the epoch (Tables 3 and 4)."""
+        c = self.config
         epoch = 1
-        if self.config.decay == "sqrt" and self.steps_per_epoch:
+        if c.decay == "sqrt" and self.steps_per_epoch:
             epoch += self.iteration // self.steps_per_epoch
-        for optimiser in (self.optimiser_d, self.optimiser_g):
+        lr_d = c.lr if c.lr_d is None else c.lr_d
+        for optimiser, alpha in ((self.optimiser_d, lr_d), (self.optimiser_g, c.lr)):
             for group in optimiser.param_groups:
-                group["lr"] = self.config.lr / math.sqrt(epoch)
+                group["lr"] = alpha / math.sqrt(epoch)
         self.iteration += 1
 
     def prior(self, n):
         """z (n, d) from N(0, I)."""
         return torch.randn(n, self.latent, device=self.machine.device)
 
+    def judge(self, x):
+        """D's logits (B,) of data x."""
+        return self.critic(self.features(x)).float()
+
+    def play(self, x):
+        """rho_q and rho_p of data x and as many samples."""
+        x_tilde = self.G(self.prior(len(x)))
+        return self.judge(x), self.judge(x_tilde)
+
     def step(self, x):
         """Algorithm 1 without lines 3 and 8. Returns d: L_d, and g: L_g."""
         self.begin_step()
-        z = self.prior(len(x))
         with self.machine.autocast():
-            x_tilde = self.G(z)
-            rho_q = self.critic(self.features(x)).float()
-            rho_p = self.critic(self.features(x_tilde)).float()
+            rho_q, rho_p = self.play(x)
             loss_d = gan_loss_of_d(rho_q, rho_p)
             loss_g = gan_loss_of_g(rho_p)
         self.machine.descend_together((self.optimiser_d, loss_d), (self.optimiser_g, loss_g))
@@ -598,6 +718,55 @@ class GAN(nn.Module):
     def encode(self, x):
         """Raises ValueError: a GAN has no way back to the codes."""
         raise ValueError(f"{self.config.model} has no encoder")
+
+
+class PacGAN(GAN):
+    """PacGAN (Lin et al., 2018): D judges packs of m items. m = 1 is the GAN."""
+
+    def make_networks(self, make):
+        self.G = make.generator()
+        self.features = make.features(self.config.pack * make.c)
+        self.critic = make.critic()
+        return nn.ModuleList([self.features, self.critic]), self.G
+
+    def play(self, x):
+        """rho_q of a pack x_i .. x_(i+m-1) for each item i, rho_p of as many packs of samples."""
+        m = self.config.pack
+        packs = torch.cat([x.roll(-n, 0) for n in range(m)], 1)  # (B, C, ...) -> (B, m C, ...)
+        fakes = torch.cat([self.G(self.prior(len(x))) for _ in range(m)], 1)
+        return self.judge(packs), self.judge(fakes)
+
+
+class UnrolledGAN(GAN):
+    """Unrolled GAN (Metz et al., 2017): G plays against D as K steps of Adam would make it.
+
+    K = 0 is the GAN but for G's loss: G maximises all of L_d, as in its authors' 2-D experiment.
+    """
+
+    def step(self, x):
+        """Returns d: L_d, and g: -L_d at the unrolled D. All of it is computed on one batch."""
+        self.begin_step()
+        D = nn.Sequential(self.features, self.critic)
+        names, weights = zip(*D.named_parameters())
+        adam = self.optimiser_d.param_groups[0]
+        moments = [[self.optimiser_d.state[w].get(name, torch.zeros_like(w))
+                    for name in ("exp_avg", "exp_avg_sq")] for w in weights]
+
+        def loss_at(weights):
+            rho_q, rho_p = (torch.func.functional_call(D, dict(zip(names, weights)), batch).float()
+                            for batch in (x, x_tilde))
+            return gan_loss_of_d(rho_q, rho_p)
+
+        with self.machine.autocast():
+            x_tilde = self.G(self.prior(len(x)))
+            loss_d = unrolled = loss_at(weights)
+            for k in range(self.config.unroll):  # D's next step is its `iteration`-th
+                gradients = torch.autograd.grad(unrolled, weights, create_graph=True)
+                weights, moments = adam_step(weights, gradients, moments, self.iteration + k,
+                                             adam["lr"], adam["betas"])
+                unrolled = loss_at(weights)
+        self.machine.descend_together((self.optimiser_d, loss_d), (self.optimiser_g, -unrolled))
+        return {"d": loss_d.detach(), "g": -unrolled.detach()}
 
 
 class AIM(GAN):
@@ -652,10 +821,9 @@ class AIM(GAN):
 
     def neighbours(self, x, m):
         """For each x, m data of codes drawn from q(z|x): (n, ...) -> (n, m, ...)."""
-        mu, sigma = self.posterior(x)
-        noise = torch.randn(len(mu), m, self.latent, device=mu.device)
-        z = mu[:, None] + sigma[:, None] * noise  # (n, m, d)
-        return self.decode(z.flatten(0, 1)).unflatten(0, (len(x), m))
+        mu, sigma = self.posterior(x.repeat_interleave(m, 0))
+        z = mu + sigma * torch.randn_like(mu)  # (n m, d)
+        return self.decode(z).unflatten(0, (len(x), m))
 
 
 class ALI(AIM):
@@ -663,67 +831,95 @@ class ALI(AIM):
 
     def make_networks(self, make):
         self.G = make.generator()
-        self.E = nn.Sequential(make.features(), make.encoder())
+        self.E = make.own_encoder(self.config.fixed_variance)
         self.D = make.pair_critic()
         return self.D, nn.ModuleList([self.G, self.E])
 
     def code_distribution(self, x):
         return self.E(x)
 
-    def play(self, x):
-        """The game on x and as many codes: the losses of D and of G and E, and z_hat ~ q(z|x)."""
+    def pairs(self, x):
+        """z ~ p(z), x~ = G(z), z_hat ~ q(z|x), and D's logits of (x, z_hat) and of (x~, z)."""
         z = self.prior(len(x))
         x_tilde = self.G(z)
-        mu, log_var = self.E(x)
-        z_hat = mu + torch.exp(log_var / 2) * torch.randn_like(mu)  # Sec. 4.6
-        real = self.D(x, z_hat)
-        fake = self.D(x_tilde, z)
-        return gan_loss_of_d(real, fake), joint_loss(real, fake), z_hat
+        z_hat = self.draw(*self.E(x))
+        return z, x_tilde, z_hat, self.D(x, z_hat), self.D(x_tilde, z)
+
+    @staticmethod
+    def draw(mu, log_var):
+        """A code of each q(z|x) (Sec. 4.6)."""
+        return mu + torch.exp(log_var / 2) * torch.randn_like(mu)
+
+    def losses(self, x):
+        """The loss of D, and the parts {name: part} of that of G and E."""
+        *_, real, fake = self.pairs(x)
+        return gan_loss_of_d(real, fake), {"g": joint_loss(real, fake)}
 
     def step(self, x):
-        """One iteration. Returns d: the loss of D, and g: that of G and E."""
+        """One iteration. Returns d: the loss of D, and the parts of that of G and E."""
         self.begin_step()
         with self.machine.autocast():
-            loss_d, loss_g, _ = self.play(x)
+            loss_d, parts = self.losses(x)
+            loss_g = sum(parts.values())
         self.machine.descend_together((self.optimiser_d, loss_d), (self.optimiser_g, loss_g))
-        return {"d": loss_d.detach(), "g": loss_g.detach()}
+        for _ in range(self.config.g_steps - 1):
+            with self.machine.autocast():
+                loss_g = sum(self.losses(x)[1].values())
+            self.machine.descend(self.optimiser_g, loss_g)
+        return {"d": loss_d.detach()} | {name: part.detach() for name, part in parts.items()}
+
+
+class VEEGAN(ALI):
+    """VEEGAN (Srivastava et al., 2017): E, with sigma = 1, is its F, which reconstructs codes."""
+
+    def losses(self, x):
+        """D's label is 1 for (G(z), z). g, its logit there, moves G alone; e moves G and F."""
+        z, x_tilde, _, real, fake = self.pairs(x)
+        q = self.machine.without_running_stats(self.E, x_tilde)
+        return gan_loss_of_d(fake, real), {"g": fake.mean(), "e": posterior_nll(z, *q).mean()}
 
 
 class ALICE(ALI):
-    """ALICE: besides, G of z ~ q(z|x) shall be x again (D8)."""
+    """ALICE: besides, G of z ~ q(z|x) shall be x again (D8), with `authors` E of G(z) also z."""
 
-    def cycle(self, x, x_hat):
-        """What the cycle adds to the loss of D, and to that of G and E."""
+    def losses(self, x):
+        """ALI's, and cycle: what G and E pay for the cycles."""
+        z, x_tilde, z_hat, real, fake = self.pairs(x)
+        x_hat = self.machine.without_running_stats(self.G, z_hat)  # D9
+        cycle_d, cycle_g = self.cycle("D_cycle", x, x_hat)
+        if self.config.authors:
+            q = self.machine.without_running_stats(self.E, x_tilde)
+            code_d, code_g = self.cycle("D_code", z, self.draw(*q))
+            cycle_d = cycle_d + code_d
+            cycle_g = cycle_g + code_g
+        return gan_loss_of_d(real, fake) + cycle_d, {"g": joint_loss(real, fake), "cycle": cycle_g}
+
+    def cycle(self, critic, x, x_hat):
+        """What a cycle adds to the loss of D, and to that of G and E."""
         return 0.0, self.lam * cycle_loss(x, x_hat, self.config.k)
-
-    def step(self, x):
-        """One iteration. Returns d and g as ALI does, and cycle: what the cycle adds for G, E."""
-        self.begin_step()
-        with self.machine.autocast():
-            loss_d, loss_g, z_hat = self.play(x)
-            x_hat = self.machine.without_running_stats(self.G, z_hat)  # D9
-            cycle_d, cycle_g = self.cycle(x, x_hat)
-            loss_d = loss_d + cycle_d
-            loss_both = loss_g + cycle_g
-        self.machine.descend_together((self.optimiser_d, loss_d), (self.optimiser_g, loss_both))
-        return {"d": loss_d.detach(), "g": loss_g.detach(), "cycle": cycle_g.detach()}
 
 
 class ALICEAdversarial(ALICE):
-    """ALICE whose cycle is learnt: a second D tells the pair (x, x) from (x, G(z)) (D8)."""
+    """ALICE whose cycles are learnt: a D of its own tells (x, x) from (x, G(z)) (D8)."""
 
     def make_networks(self, make):
         D, of_g = super().make_networks(make)
-        self.D_cycle = nn.Sequential(make.features(2 * make.c), make.critic())
-        return nn.ModuleList([D, self.D_cycle]), of_g
+        of_d = nn.ModuleList([D, make.whole_critic(2 * make.c)])
+        self.D_cycle = of_d[1]
+        if self.config.authors:
+            self.D_code = make.code_critic()
+            of_d.append(self.D_code)
+        return of_d, of_g
 
-    def cycle(self, x, x_hat):
-        real = self.D_cycle(torch.cat([x, x], 1)).float()
-        fake = self.D_cycle(torch.cat([x, x_hat], 1)).float()
+    def cycle(self, critic, x, x_hat):
+        D = getattr(self, critic)
+        real = D(torch.cat([x, x], 1)).float()
+        fake = D(torch.cat([x, x_hat], 1)).float()
         return self.lam * gan_loss_of_d(real, fake), self.lam * gan_loss_of_g(fake)
 
 
-CLASSES = {"aim": AIM, "aim-minus": AIM, "aim-fgan": AIM, "gan": GAN, "ali": ALI, "alice": ALICE,
+CLASSES = {"aim": AIM, "aim-minus": AIM, "aim-fgan": AIM, "gan": GAN, "pacgan": PacGAN,
+           "unrolled": UnrolledGAN, "veegan": VEEGAN, "ali": ALI, "alice": ALICE,
            "alice-adv": ALICEAdversarial}
 
 
@@ -736,18 +932,20 @@ def build(config, machine=None, channels=None, steps=None, steps_per_epoch=None)
 
 
 def figures_points(model, folder, step, x, y, classes):
-    """Fig. 3 (a) to (d), data x (n, 2) of components y (n,), codes, reconstructions, samples."""
-    reach = 1.2 * x.abs().max().item()
+    """Fig. 3 (a) to (d), data x (n, D) of components y (n,), codes, reconstructions, samples."""
+    def seen(points, labels):
+        return scatter(data.oblique(points), labels, classes, reach)
+
+    reach = 1.2 * data.oblique(x).abs().max().item()
     centres = torch.stack([x[y == i].mean(0) for i in range(classes)])
-    panels = {"data": scatter(x, y, classes, reach)}
+    panels = {"data": seen(x, y)}
     if model.E is not None:
         if model.latent == 2:
             panels["codes, 3 sigma"] = scatter(model.encode(x), y, classes, 3)
-        panels["reconstructions"] = scatter(model.reconstruct(x), y, classes, reach)
+        panels["reconstructions"] = seen(model.reconstruct(x), y)
         save_image(panels["reconstructions"], folder / f"recon/{step:06d}.png")
     points = model.decode(fixed_noise(len(x), model.latent)).cpu()
-    nearest = torch.cdist(points, centres).argmin(1)  # a sample's colour is its component's
-    panels["samples"] = scatter(points, nearest, classes, reach)
+    panels["samples"] = seen(points, torch.cdist(points, centres).argmin(1))  # the component's hue
     save_image(panels["samples"], folder / f"samples/{step:06d}.png")
     save_panels(folder / f"figures/panels-{step:06d}.png", panels)
 
@@ -765,14 +963,13 @@ def figures_images(model, folder, step, x, y, classes):
     ten = x[:10].cpu()
     near = torch.cat([ten[:, None], model.neighbours(ten, 9).cpu()], 1).flatten(0, 1)
     save_grid(folder / f"figures/neighbours-{step:06d}.png", near)  # Figs. 5 and 9
-    z = mu[:1].cpu().repeat(model.latent, 10, 1)  # (d, 10, d)
+    z = mu[:1].cpu().repeat(model.latent, 10, 1)  # (d, 10, d): row i varies number i (Sec. 5.4)
     every = torch.arange(model.latent)
-    z[every, :, every] = torch.linspace(-2, 2, 10)  # row i varies number i of the code (Sec. 5.4)
+    z[every, :, every] = torch.linspace(-2, 2, 10)
     save_grid(folder / f"figures/traversals-{step:06d}.png", model.decode(z.flatten(0, 1)))
     if model.latent == 2:  # Fig. 4
         ramp = torch.linspace(-2, 2, 20)
-        across, down = torch.meshgrid(ramp, -ramp, indexing="xy")
-        lattice = torch.stack([across, down], -1).flatten(0, 1)  # (400, 2)
+        lattice = torch.stack(torch.meshgrid(ramp, -ramp, indexing="xy"), -1).flatten(0, 1)
         save_grid(folder / f"figures/manifold-{step:06d}.png", model.decode(lattice), 20)
     if model.latent == 2 and y is not None:
         codes = torch.cat([model.encode(part) for part in x.split(250)])
@@ -800,14 +997,27 @@ TABLES = {
         title="AIM, Table 2: mode collapse on 25 Gaussians",
         columns=[("modes of 25", "grid25", "modes"), ("high quality, %", "grid25", "high_quality")],
         rows={"GAN": ("--model gan", 3.3, 0.5), "ALI": ("--model ali", 15.84, 1.6),
-              "Unrolled GAN": (None, 23.6, 16), "VEEGAN": (None, 24.6, 40),
+              "Unrolled GAN": ("--model unrolled", 23.6, 16),
+              "Unrolled GAN (own settings)": ("--model unrolled --authors", 23.6, 16),
+              "VEEGAN": ("--model veegan", 24.6, 40),
+              "VEEGAN (own settings)": ("--model veegan --authors", 24.6, 40),
               "AIM": ("--model aim", 25, 81.1),
               # PacGAN's authors measured these by the same protocol, at far better numbers.
               "GAN (PacGAN's authors)": ("--model gan", 17.3, 94.8),
               "ALI (PacGAN's authors)": ("--model ali", 24.1, 95.7),
-              "PacGAN2 (its authors)": (None, 23.8, 91.3),
-              "PacGAN3 (its authors)": (None, 24.6, 94.2),
-              "PacGAN4 (its authors)": (None, 24.8, 93.6)}),
+              "PacGAN2 (its authors)": ("--model pacgan --pack 2", 23.8, 91.3),
+              "PacGAN3 (its authors)": ("--model pacgan --pack 3", 24.6, 94.2),
+              "PacGAN4 (its authors)": ("--model pacgan --pack 4", 24.8, 93.6)}),
+    "ring": dict(
+        title="PacGAN's and VEEGAN's authors: mode collapse on a ring of 8 Gaussians",
+        columns=[("modes of 8", "ring8", "modes"), ("high quality, %", "ring8", "high_quality")],
+        rows={"GAN": ("--model gan", 6.3, 98.2), "ALI": ("--model ali", 6.6, 97.6),
+              "PacGAN2": ("--model pacgan --pack 2", 7.9, 95.6),
+              "PacGAN4": ("--model pacgan --pack 4", 7.8, 95.9),
+              # VEEGAN's authors have GAN at 1 mode and 99.3 %, ALI at 2.8 and 0.13 %.
+              "Unrolled GAN (VEEGAN's authors)": ("--model unrolled", 7.6, 35.6),
+              "VEEGAN (its authors)": ("--model veegan", 8, 52.9),
+              "AIM": ("--model aim", None, None)}),
     "fig8": dict(
         title="AIM, Fig. 8: MSE over the first 50 epochs",
         columns=[("MSE, MNIST", "mnist", "mse"), ("MSE, CIFAR-10", "cifar10", "mse"),
@@ -830,6 +1040,7 @@ def point_metrics(model, test_set, samples):
     """
     result = {}
     protocol = []
+    x = test_set.x
     mixture = data.mixture(test_set.name)  # None of the Swiss roll
     if mixture:
         means, std = mixture
@@ -838,13 +1049,12 @@ def point_metrics(model, test_set, samples):
         protocol.append(f"modes, high_quality: {samples} samples, within 3 std ({std}) of "
                         f"{len(means)} means")
     if model.E is not None:
-        x_hat = model.reconstruct(test_set.x).cpu()
-        result["mse"] = metrics.reconstruction_mse(test_set.x, x_hat)
-        protocol.append(f"mse: {len(x_hat)} {test_set.split} points, mean over coordinates, in the "
+        x_hat = model.reconstruct(x).cpu()
+        result["mse"] = metrics.reconstruction_mse(x, x_hat)
+        protocol.append(f"mse: {len(x)} {test_set.split} points, mean over coordinates, in the "
                         "data's units")
     if mixture and model.E is not None:
-        before = torch.cdist(test_set.x, means).argmin(1)
-        after = torch.cdist(x_hat, means).argmin(1)
+        before, after = (torch.cdist(each, means).argmin(1) for each in (x, x_hat))
         result["same_mode"] = (before == after).double().mean().item()
     return result | {"protocol": "; ".join(protocol)}
 
@@ -865,8 +1075,8 @@ def make_evaluator(config, machine, train_set, test_set):
 def evaluate(model, evaluator, folder, step, test, classes):
     """Pictures and metrics of one moment, without disturbing the training's random numbers.
 
-    test: (x, y), what the pictures show. Returns the evaluator's metrics; sigma, the mean standard
-    deviation of q(z|x) over 100 test items, where it is learnt; and eval_s, the seconds it took.
+    test: (x, y), what the pictures show. Adds to the evaluator's metrics sigma, the mean deviation
+    of q(z|x) over 100 test items, where it is learnt, and eval_s, the seconds all this took.
     """
     began = time.time()
     device = model.machine.device
@@ -881,8 +1091,7 @@ def evaluate(model, evaluator, folder, step, test, classes):
 
 
 def score_of(result):
-    """What best.pt is chosen by, the less the better: modes and high quality of points, or else
-    the first there is of fid, fcd, kl and mse."""
+    """What best.pt has least: minus modes and quality of points; else fid, fcd, kl, or mse."""
     if "modes" in result and "high_quality" in result:
         return -result["modes"] - result["high_quality"]
     return metrics.best_first(result, ("fid", "fcd", "kl", "mse"))
@@ -911,9 +1120,6 @@ def train(config, machine, folder, checkpoint=None):
         data.compile_networks(model)
     if start == 0:
         run.save("last.pt", 0)  # resumable from any kill
-    if start == steps and run.main:
-        print(f"the run is at step {start} already; --steps beyond that would continue it",
-              file=sys.stderr)
     result = {}
     with run:
         for step in range(start + 1, steps + 1):
@@ -944,13 +1150,14 @@ def train(config, machine, folder, checkpoint=None):
 
 def main(argv=None):
     """The command line; returns the exit code."""
-    args, config, checkpoint = data.parse(argv, FILE, __doc__, preset)
+    if data.asks_for_table(argv):
+        return data.run_table(argv, FILE, TABLES, main)
+    args, config, checkpoint = data.parse(argv, FILE, __doc__, preset, tables=TABLES)
     machine = Machine(*data.hardware(args.device, config.amp))
     if args.bench:
         model = build(config, machine)
-        timed = metrics.benchmark(model, model.sample(config.batch), args.bench, config.compile)
-        about = {"model": config.model, "device": str(machine.device), "precision": machine.amp}
-        print(json.dumps(about | timed))
+        x = model.sample(config.batch)
+        print(json.dumps(metrics.benchmark(model, x, args.bench, config.compile)))
         return 0
     name = Path(config.dataset).name
     folder = data.run_folder(args, f"runs/{FILE}-{config.model}-{name}-s{config.seed}")

@@ -19,29 +19,35 @@ and where a run stands in its data is two integers.
 | `celeba` | 162,770 / 19,962 | 140-pixel centre crop, then resized |
 | `lsun-church` | 126,227 / 300 | church_outdoor, from LSUN's lmdb files (needs the package lmdb) |
 | a folder | all, or its `train` / `test` | pictures, or a folder of pictures for each class |
-| `grid25`, `ring8` | 100,000 / 10,000 points | Gaussians on a grid (std .05), a circle (std .02) |
-| `swissroll` | 5,000 / 5,000 points | a spiral in the plane |
+| `grid25`, `ring8` | 100,000 / 10,000 points | Gaussians on a grid (std .05), a circle (std .01) |
+| `swissroll`, `swissroll3d` | 5,000 / 5,000 points | a spiral in the plane; rolled, noisy sheet |
 
 `python data.py NAME` draws a sheet of a hundred pictures: look at what you train on.
 """
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import datetime
 import difflib
 import hashlib
+import inspect
 import io
 import itertools
 import json
 import math
 import os
 import pickle
+import platform
+import re
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -53,8 +59,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+
+warnings.filterwarnings("ignore", module="PIL")  # What a user has to know is said in a sentence.
 
 # ---- Errors and exit codes -----------------------------------------------------------------------
 
@@ -85,6 +93,14 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message}; see --help")
 
+    def parse_known_args(self, args=None, namespace=None):
+        """Both ways of parsing come here. Of `--flag=--` argparse makes an empty list."""
+        found, rest = super().parse_known_args(args, namespace)
+        for name, value in vars(found).items():
+            if value == []:
+                self.error(f"argument {flag_of(name)}: expected one argument")
+        return found, rest
+
 
 def run_command(main, argv=None):
     """Calls main(argv) -> exit code. What can go wrong becomes a sentence on stderr and a code.
@@ -95,6 +111,7 @@ def run_command(main, argv=None):
     try:
         return main(argv) or 0
     except KeyboardInterrupt:  # before the loop, when there is nothing to save yet
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     except Exception as error:
         sentence = what_to_mend(error)
@@ -115,14 +132,40 @@ def what_to_mend(error):
         return str(error)
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"--compile failed ({first_line(error)}): it needs a C++ compiler or Triton"
+    lost = ("by peer", "Broken pipe", "imed out", "Socket Timeout", "NCCL")
+    if dist.is_initialized() and any(sign in str(error) for sign in lost):
+        return f"another rank has ended or does not answer ({first_line(error)})"
     signs = ("allocate memory", "out of memory", "size calculation overflowed")
     if isinstance(error, MemoryError) or any(sign in str(error) for sign in signs):
-        return "out of memory; try a smaller --batch, --width, --latent, --size or --samples"
+        need = f" ({error})" if type(error).__module__.startswith("numpy") else ""  # in GiB
+        return f"out of memory{need}; try a smaller --batch, --width, --latent, --size or --samples"
     return None
 
 
 def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0][:90]
+
+
+@cache
+def say(sentence):
+    """A line on stderr, once, however often there is cause for it."""
+    print(sentence, file=sys.stderr)
+
+
+def fits(value, form):
+    """Whether a value from a file has this form: a type, {key: form, ...}, or [form] of each item.
+
+    An int counts something: 0 to 2**62. A float is any finite number.
+    """
+    if isinstance(form, dict):
+        return isinstance(value, dict) and all(fits(value.get(k), form[k]) for k in form)
+    if isinstance(form, list):
+        return isinstance(value, list) and all(fits(item, form[0]) for item in value)
+    if form is float:
+        return type(value) in (int, float) and abs(value) < math.inf
+    if form is int:
+        return type(value) is int and 0 <= value < 2**62
+    return isinstance(value, form)
 
 
 # ---- Data sets: one split, whole, as one tensor --------------------------------------------------
@@ -132,7 +175,7 @@ def first_line(error):
 class Dataset:
     """One split of one data set, whole.
 
-    x: images uint8 (N, C, H, W), or points float32 (N, 2). y: int64 (N,) in 0..classes-1, or None.
+    x: images uint8 (N, C, H, W), or points float32 (N, D). y: int64 (N,) in 0..classes-1, or None.
     A stacked set holds digits labelled 0..9, of which `Batches` and `ordered` make triples.
     """
 
@@ -157,7 +200,8 @@ class Dataset:
 
 IMAGE_SETS = ("digits", "stacked-digits", "mnist", "stacked-mnist", "fashion-mnist", "cifar10",
               "stl10", "celeba", "lsun-church")
-POINT_SETS = ("grid25", "ring8", "swissroll")
+POINT_SETS = ("grid25", "ring8", "swissroll", "swissroll3d")
+ROLL_UNIT = {"swissroll": 4.5 * math.pi, "swissroll3d": 15.0}  # so that all lies in [-1, 1]
 
 
 def load(name, root="data", size=None, split="train"):
@@ -171,8 +215,8 @@ def load(name, root="data", size=None, split="train"):
     name = str(name)
     if split not in ("train", "test"):
         raise UserError(f"there is no split '{split}': it is train or test")
-    if size is not None and size < 8:
-        raise UserError(f"a size of {size} pixels is too small: give 8 or more")
+    if size is not None and not 8 <= size <= 8192:
+        raise UserError(f"a size of {size} pixels is out of range: 8 to 8192")
     if name in POINT_SETS:
         return _points(name, split)
     if name == "celeba":
@@ -191,9 +235,11 @@ def load(name, root="data", size=None, split="train"):
 def whole_name(dataset):
     """The name of a set, or the absolute path of a folder; UserError if it is neither."""
     name = str(dataset)
-    if name in IMAGE_SETS + POINT_SETS:
-        return name
     folder = os.path.abspath(os.path.expanduser(name))  # A link keeps its own name.
+    if name in IMAGE_SETS + POINT_SETS:
+        if os.path.isdir(folder):
+            say(f"{name} is a data set and a folder: the data set is taken, ./{name} is the folder")
+        return name
     if name and os.path.isdir(folder):
         return folder
     wanted = f"give a folder of pictures or one of {', '.join(IMAGE_SETS + POINT_SETS)}"
@@ -221,6 +267,20 @@ def load_pair(name, root="data", size=None):
         raise UserError(f"--dataset {name}: training pictures have {train.channels} channels, test "
                         f"pictures {test.channels}; make all grey or all coloured")
     return train, test
+
+
+def fixed_triples(train, test, n, seed=0):
+    """n stacked images of the digits of both splits, drawn once, with replacement (PacGAN's data).
+
+    As an ordinary set of 1,000 classes, x uint8 (n, 3, H, W). UserError for sets not stacked.
+    """
+    if not train.stacked:
+        raise UserError(f"--triples: {train.name} is no set of stacked digits")
+    x = torch.cat([train.x, test.x])[:, 0]
+    y = torch.cat([train.y, test.y])
+    index = torch.randint(len(x), (n, 3), generator=torch.Generator().manual_seed(seed))
+    label = (y[index] * torch.tensor([100, 10, 1])).sum(1)
+    return Dataset(train.name, "train and test", x[index], label, 1000)
 
 
 def fingerprint(dataset):
@@ -502,19 +562,24 @@ def mixture(name):
         return torch.cartesian_prod(axis, axis), 0.05
     if name == "ring8":
         angle = torch.arange(8) * (math.pi / 4)
-        return 2 * torch.stack([angle.cos(), angle.sin()], 1), 0.02
+        return torch.stack([angle.cos(), angle.sin()], 1), 0.01  # PacGAN's and VEEGAN's
     return None
 
 
 def _points(name, split):
-    """Labelled points (N, 2); train and test are different draws of the same distribution."""
+    """Labelled points (N, D); train and test are different draws of the same distribution."""
     generator = torch.Generator().manual_seed({"train": 11, "test": 12}[split])
-    if name == "swissroll":
+    if name in ROLL_UNIT:
         # The usual roll, seen along its axis and scaled into the unit disc. Ours: LatentMap gives
         # its 5,000 points but not its dimensions. Depth would be independent of the rest.
         u = torch.rand(5_000, generator=generator)
         t = 1.5 * math.pi * (1 + 2 * u)
-        x = torch.stack([t * t.cos(), t * t.sin()], 1) / (4.5 * math.pi)
+        x = torch.stack([t * t.cos(), t * t.sin()], 1)
+        if name == "swissroll3d":  # sklearn's, which is what LatentMap's authors ran
+            depth = 21 * torch.rand(5_000, generator=generator) - 10.5
+            x = torch.stack([x[:, 0], depth, x[:, 1]], 1)
+            x += 0.05 * torch.randn(5_000, 3, generator=generator)
+        x /= ROLL_UNIT[name]
         return Dataset(name, split, x, (10 * u).long(), 10)  # ten equal stretches of t, for colour
     centers, std = mixture(name)
     n = 100_000 if split == "train" else 10_000
@@ -575,6 +640,9 @@ def _fixed_size(name, root, split):
         x = torch.as_tensor(got.data)  # (N, H, W, C) or (N, H, W)
         x = x.permute(0, 3, 1, 2).contiguous() if x.dim() == 4 else x[:, None]
         y = torch.as_tensor(got.targets).long()
+        if not len(x) == len(y) or not len(y) or y.min() < 0 or y.max() > 9:
+            raise UserError(f"{base} in {Path(root) / BY_HAND[base][0]} is damaged: it has not one "
+                            "label from 0 to 9 for each picture; put whole files there")
     stacked = base != name
     return Dataset(name, split, x, y, 1000 if stacked else 10, stacked)
 
@@ -603,17 +671,17 @@ def _lsun(root, size, split):
     damaged = UserError(f"{file} is damaged or was copied in part: unpack {folder}.zip again")
     try:
         env = lmdb.open(str(file.parent), readonly=True, lock=False, readahead=False, meminit=False)
+        if file.stat().st_size < (env.info()["last_pgno"] + 1) * env.stat()["psize"]:
+            raise damaged  # lmdb maps the file: to read beyond its end would kill the process.
+        with env.begin() as transaction:
+            keys = list(transaction.cursor().iternext(keys=True, values=False))
     except lmdb.Error:
         raise damaged from None
-    if file.stat().st_size < (env.info()["last_pgno"] + 1) * env.stat()["psize"]:
-        raise damaged  # lmdb maps the file: to read beyond its end would kill the process.
 
     def read(key):
         with env.begin() as transaction:  # Each picture has its own: it may not change threads.
             return io.BytesIO(transaction.get(key))
 
-    with env.begin() as transaction:
-        keys = list(transaction.cursor().iternext(keys=True, values=False))
     if not keys:
         raise damaged
     x = _pictures("lsun-church", split, file, keys, root, size, read=read)
@@ -623,6 +691,7 @@ def _lsun(root, size, split):
 # ---- Folders of pictures, cached -----------------------------------------------------------------
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM")  # Pillow knows others by programs.
 
 
 def _folder(folder, root, size, split):
@@ -636,9 +705,11 @@ def _folder(folder, root, size, split):
         if any(find_pictures(inside[name]) for name in beside if not name.startswith(".")):
             raise UserError(f"{folder} has pictures in train/ and beside it, in "
                             f"{', '.join(beside)}: are these classes, rename train; else move them")
-    files = find_pictures(base)
+    passed = []
+    files = find_pictures(base, passed)
     if not files:
         raise UserError(f"there are no pictures ({' '.join(SUFFIXES)}) in {base}")
+    say_passed(base, passed)
     found = _classes(base, files)
     # The training split numbers the classes, whatever the test split has of them.
     names = sorted(set(found if base == train else _classes(train, find_pictures(train))))
@@ -655,17 +726,30 @@ def _folder(folder, root, size, split):
     return Dataset(folder.name, split, x, y, len(names))
 
 
-def find_pictures(folder):
-    """The pictures at any depth below `folder`, in a fixed order; what is hidden is passed over."""
+def find_pictures(folder, passed=None):
+    """The pictures at any depth below `folder`, in a fixed order; what is hidden is passed over.
+
+    passed: a list that is given the names of all other files.
+    """
     found = []
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
-            found += find_pictures(entry.path)
+            found += find_pictures(entry.path, passed)
         elif entry.name.lower().endswith(SUFFIXES):
             found.append(entry.path)
+        elif passed is not None:
+            passed.append(entry.name)
     return found
+
+
+def say_passed(folder, passed):
+    """How many files of which suffixes find_pictures() passed over, if any, in one line."""
+    kinds = collections.Counter(os.path.splitext(name)[1].lower() or name for name in passed)
+    if passed:
+        text = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(5))
+        say(f"{folder}: {len(passed)} files passed over for their suffix: {text}")
 
 
 def _classes(base, files):
@@ -704,20 +788,22 @@ def _pictures(name, split, source, items, root, size, crop=None, read=None):
     """
     digest = hashlib.sha1(f"1 {crop}".encode())  # Count the 1 up when pictures are read otherwise.
     for path in [source] if read else items:
-        try:
+        with contextlib.suppress(OSError):  # What is missing is named when all are read.
             status = os.stat(path)
-        except OSError as error:  # a link to nothing, or an archive unpacked in part
-            reason = error.strerror
-            raise UserError(f"{path}, a picture of {name}, cannot be found ({reason})") from None
-        digest.update(os.fsencode(f"\n{path} {status.st_size} {status.st_mtime_ns}"))
+            digest.update(os.fsencode(f"\n{path} {status.st_size} {status.st_mtime_ns}"))
     stamp = digest.hexdigest()
     key = hashlib.sha1(os.fsencode(os.path.abspath(source))).hexdigest()[:8]
     path = cache_dir(root) / f"{name}-{split}-{size or 'native'}-{key}.pt"
     if path.exists():
         try:
             saved = read_saved(path, mmap=True)
-            if saved["stamp"] == stamp:
-                return saved["x"]
+            x = saved["x"]
+            n, channels, height, width = x.shape
+            whole = x.dtype == torch.uint8 and x.is_contiguous() and channels in (1, 3)
+            if not whole or not 8 <= height == width == (size or height):
+                raise ValueError
+            if saved["stamp"] == stamp and n == len(items):
+                return x
         except Exception:  # damaged, or another program's: whatever it is, it is made anew
             print(f"{path} is damaged: made anew", file=sys.stderr)
     x = torch.from_numpy(_decode(name, items, size, crop, read))
@@ -733,39 +819,87 @@ def _decode(name, items, size, crop, read):
     x = None
     told = time.monotonic()
     live = sys.stderr.isatty()
-    pool = ThreadPoolExecutor(min(16, os.cpu_count()))  # Pillow lets go of Python's lock.
-    try:
-        chunks = [items[i : i + 64] for i in range(0, len(items), 64)]
-        decoded = pool.map(lambda chunk: [_picture(i, size, crop, read) for i in chunk], chunks)
-        for i, picture in enumerate(itertools.chain.from_iterable(decoded)):
-            if x is None:
-                x = np.empty((len(items), *picture.shape), np.uint8)
-            if picture.shape[1:] != x.shape[2:]:
-                raise UserError(f"the pictures of {name} differ in size ({items[0]}, {items[i]}): "
-                                "give a size")
-            if len(picture) > x.shape[1]:  # The first in colour: those before it were grey.
-                x = x.repeat(3, axis=1)
-            x[i] = picture  # A grey one goes into all channels.
-            last = i + 1 == len(items)
-            if last or time.monotonic() - told > (0.2 if live else 10):
-                text = f"decoding {name}: {i + 1:,} of {len(items):,}"
-                print(text, end="\r" if live and not last else "\n", file=sys.stderr, flush=True)
-                told = time.monotonic()
-    finally:
-        pool.shutdown(cancel_futures=True)  # After an error or Ctrl-C the rest is not needed.
+    for i, picture in enumerate(read_pictures(name, items, size, crop, read)):
+        if picture.shape[1] != picture.shape[2]:
+            shape = f"{picture.shape[2]}x{picture.shape[1]}"
+            raise UserError(f"{items[i]} is not square ({shape}): give a size")
+        if x is None:
+            x = np.empty((len(items), *picture.shape), np.uint8)
+        if picture.shape[1:] != x.shape[2:]:
+            raise UserError(f"the pictures of {name} differ in size ({items[0]}, {items[i]}): "
+                            "give a size")
+        if len(picture) > x.shape[1]:  # The first in colour: those before it were grey.
+            x = x.repeat(3, axis=1)
+        x[i] = picture  # A grey one goes into all channels.
+        last = i + 1 == len(items)
+        if last or time.monotonic() - told > (0.2 if live else 10):
+            text = f"decoding {name}: {i + 1:,} of {len(items):,}"
+            print(text, end="\r" if live and not last else "\n", file=sys.stderr, flush=True)
+            told = time.monotonic()
     return x
 
 
-def _picture(item, size, crop, read):
-    """One picture -> uint8 (C, S, S): upright, centre `crop`, shorter side to `size`, square."""
+def read_pictures(name, items, size=None, crop=None, read=None, changed=None):
+    """Yields each item's picture as read_picture() has it, in order, read ahead by threads.
+
+    items: paths, or with `read` anything that read() turns into a file. In the end a line on stderr
+    counts what was changed, as does the Counter `changed` if one is given. Raises UserError, and
+    names all that cannot be read at once.
+    """
+    def attempt(item):
+        try:
+            return read_picture(read(item) if read else item, size, crop)
+        except MemoryError:
+            raise
+        except Exception as error:  # Pillow's decoders raise half a dozen kinds.
+            reason = getattr(error, "strerror", None) or first_line(error)
+            if isinstance(error, UnidentifiedImageError):
+                reason = "not a picture"
+            return None, [f"{item} ({reason})"]
+
+    changed = collections.Counter() if changed is None else changed
+    bad = []
+    pool = ThreadPoolExecutor(min(16, os.cpu_count()))  # Pillow lets go of Python's lock.
     try:
-        with Image.open(read(item) if read else item) as image:
-            image = _plain(ImageOps.exif_transpose(image))
-    except Exception as error:  # Pillow's decoders raise half a dozen kinds.
-        raise UserError(f"{item} cannot be read as a picture ({error}): replace or remove "
-                        "it") from None
-    if min(image.size) < 8:
-        raise UserError(f"{item} is only {image.width}x{image.height} pixels: 8 are the least")
+        for start in range(0, len(items), 256):  # No more than these wait to be taken.
+            for picture, remarks in pool.map(attempt, items[start : start + 256]):
+                if picture is None:
+                    bad += remarks
+                else:
+                    changed.update(remarks)
+                if not bad:
+                    yield picture
+    finally:
+        pool.shutdown(cancel_futures=True)  # After an error or Ctrl-C the rest is not needed.
+    if bad:
+        more = f" and {len(bad) - 10:,} more" if len(bad) > 10 else ""
+        raise UserError(f"{len(bad):,} of {len(items):,} pictures of {name} cannot be read; mend "
+                        f"or remove them: {', '.join(bad[:10])}{more}")
+    if changed:
+        counts = (f"{n:,} of {len(items):,}: {remark}" for remark, n in changed.most_common())
+        say(f"pictures of {name} were changed: {'; '.join(counts)}")
+
+
+def read_picture(file, size=None, crop=None):
+    """A path, or an open file -> (uint8 (C, H, W), [what was changed]); grey has one channel.
+
+    It is made upright and 8-bit; then the central `crop` pixels are taken, or with `size` the
+    shorter side is resized and the central square taken. Raises what Pillow does; ValueError for a
+    file that is empty or not regular, and for too few or too many pixels.
+    """
+    changes = []
+    if not hasattr(file, "read"):
+        status = os.stat(file)
+        if not stat.S_ISREG(status.st_mode):  # of a pipe the reading might never end
+            raise ValueError("not a regular file")
+        if not status.st_size:
+            raise ValueError("empty")
+    with Image.open(file, formats=FORMATS) as image:
+        if min(image.size) < 8:
+            raise ValueError(f"{image.width}x{image.height} pixels: too few")
+        if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise ValueError(f"{image.width}x{image.height} pixels: too many")
+        image = _plain(image, changes)
     if crop:
         image = _centre(image, crop)
     if size:
@@ -773,23 +907,34 @@ def _picture(item, size, crop, read):
         scaled = (round(image.width * scale), round(image.height * scale))
         if image.size != scaled:
             image = image.resize(scaled, Image.Resampling.BILINEAR)
+        if image.size != (size, size):
+            changes.append("oblong, cut to the central square")
         image = _centre(image, size)
-    elif image.width != image.height:
-        raise UserError(f"{item} is not square ({image.width}x{image.height}): give a size")
     array = np.asarray(image)
-    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1), changes
 
 
-def _plain(image):
-    """Any picture as 8-bit grey or colour: 16 bits scaled down, transparency laid over white."""
+def _plain(image, changes):
+    """Any picture upright, as 8-bit grey or colour; remarks on what that took go to `changes`."""
     if image.mode == "F":
-        raise ValueError("pictures of floating-point numbers have no fixed range")
+        raise ValueError("floating-point numbers, which have no fixed range")
+    if getattr(image, "is_animated", False):
+        changes.append("the first of several frames")
+    image.load()
+    if image.getexif().get(ExifTags.Base.Orientation) in range(2, 9):
+        changes.append("turned upright")
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion clips at 255
-        values = np.asarray(image).clip(0, 65535) / 257
-        return Image.fromarray(values.round().astype(np.uint8))
+        values = np.asarray(image).clip(0, 65535)
+        changes.append("16 bits, scaled to 8")
+        if values.max() < 4096:
+            changes.append("nearly black, as no value of 65,535 is above 4,095: rescale them")
+        return Image.fromarray((values / 257).round().astype(np.uint8))
     grey = image.mode in ("1", "L", "LA")
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
         image = image.convert("RGBA")
+        if image.getextrema()[3][0] < 255:
+            changes.append("transparent, laid over white")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("L" if grey else "RGB")
 
@@ -835,10 +980,15 @@ def hardware(device="auto", amp="auto"):
         torch.cuda.set_device(name)
         torch.backends.cudnn.benchmark = True  # fixed shapes: cuDNN picks its fastest convolution
         torch.set_float32_matmul_precision("high")  # tf32 for what stays in float32
-    from_environment("RANK", "0")
-    if from_environment("WORLD_SIZE", "1") > 1 and not dist.is_initialized():
-        try:  # rank 0 evaluates while the others wait, hence the long timeout
-            dist.init_process_group(backend, timeout=datetime.timedelta(hours=4))
+    world = from_environment("WORLD_SIZE", "1")
+    if from_environment("RANK", "0") >= world:
+        raise UserError("the environment's RANK is not below its WORLD_SIZE; use torchrun")
+    if world > 1 and not dist.is_initialized():
+        try:  # The ranks meet soon or never. Later the others wait while rank 0 evaluates.
+            soon = datetime.timedelta(seconds=30)
+            store, rank, world = next(dist.rendezvous("env://", timeout=soon))
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world,
+                                    timeout=datetime.timedelta(hours=4))
         except (RuntimeError, ValueError) as error:
             raise UserError(f"the other ranks cannot be joined ({first_line(error)}); "
                             "use torchrun") from None
@@ -894,7 +1044,7 @@ class Settings:
                        choices=("auto", "off", "bf16", "fp16"))
     compile: bool = setting(False, "torch.compile the networks")
     eval_every: int | None = setting(None, "steps between evaluations", int, 1)
-    samples: int | None = setting(None, "generated images a metric is computed from", int, 10)
+    samples: int | None = setting(None, "generated images a metric is computed from", int, 20)
     inception: str | None = setting(None, "weights for fid: auto (downloads), a path, off", str)
 
     def check(self):
@@ -940,22 +1090,27 @@ def add_flags(parser, settings):
         parser.add_argument(flag_of(field.name), help=text, **how)
 
 
-def parse(argv, file, about, preset, extra=None):
+def parse(argv, file, about, preset, extra=None, tables=()):
     """The command line of a paper's file -> (args, settings, checkpoint or None).
 
     The flags are those of the system that --model names, or that --resume holds, with its values
-    as defaults: preset(model, dataset). A flag sets the field of its name, and when resuming only
-    fields in FREE may change. extra(parser, instead) adds a file's own. Raises UserError.
+    as defaults: preset(model, dataset), or what else it is a function of. A flag sets the field of
+    its name, and when resuming only fields in FREE may change. extra(parser, instead) adds a file's
+    own. Raises UserError.
     """
     first = Parser(add_help=False, allow_abbrev=False)
-    for flag in ("--model", "--dataset", "--resume"):
-        first.add_argument(flag)
-    known = first.parse_known_args(argv)[0]
+    names = inspect.signature(preset).parameters
+    for name in (*names, "resume"):
+        switch = name in names and names[name].default is False
+        first.add_argument(flag_of(name), **dict(action="store_true") if switch else {})
+    known = vars(first.parse_known_args(argv)[0])
     checkpoint = None
-    if known.resume is None:
-        settings = preset(known.model, None if known.dataset is None else whole_name(known.dataset))
+    if known["resume"] is None:
+        if known["dataset"] is not None:
+            known["dataset"] = whole_name(known["dataset"])
+        settings = preset(*(known[name] for name in names))
     else:
-        checkpoint = load_checkpoint(known.resume, file)
+        checkpoint = load_checkpoint(known["resume"], file)
         settings = settings_of(checkpoint, preset)
     parser = Parser(prog=f"{file}.py", description=about.splitlines()[0], allow_abbrev=False,
                     epilog=f"The flags of --model {settings.model} on {settings.dataset}.")
@@ -964,6 +1119,9 @@ def parse(argv, file, about, preset, extra=None):
     add("--device", default="auto", metavar="X", help="auto, cpu, cuda, cuda:1")
     add("--out", metavar="DIR", help=f"the run's folder (runs/{file}-MODEL-DATASET-sSEED)")
     add("--resume", metavar="RUN", help="continue the run in this folder")
+    add("--table", metavar="NAME", help="train the rows of a table or figure of the paper, print "
+        f"published beside measured: {', '.join(tables)}; with --seeds N, --report, --out DIR, and "
+        "flags for all rows")
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--sample", type=int, metavar="N", help="with --resume: draw N samples")
     instead.add_argument("--bench", type=int, metavar="N", help="only time N steps; prints JSON")
@@ -975,22 +1133,23 @@ def parse(argv, file, about, preset, extra=None):
             raise UserError(f"{name} {value} is out of range: 1 or more")
     if args.sample and not checkpoint:
         raise UserError("--sample needs --resume RUN, the run to draw from")
+    free = (*FREE, "seed") if args.sample else FREE
     if args.out == "":
         raise UserError("--out is empty")
     given = {f.name: getattr(args, f.name, None) for f in dataclasses.fields(settings)}
     given = {name: value for name, value in given.items() if value is not None}
-    return args, with_flags(settings, given, checkpoint), checkpoint
+    return args, with_flags(settings, given, free if checkpoint else given), checkpoint
 
 
-def with_flags(settings, given, checkpoint):
-    """The settings with the given values. Raises UserError for what cannot be."""
+def with_flags(settings, given, free):
+    """The settings with the given values. Raises UserError for what cannot be, or is not free."""
     if "dataset" in given:
         given["dataset"] = whole_name(given["dataset"])
     if "epochs" in given and "steps" not in given:
         given["steps"] = None  # a length in epochs replaces one in steps
-    for name, value in given.items() if checkpoint else ():
+    for name, value in given.items():
         before = getattr(settings, name)
-        if value != before and name not in FREE:
+        if value != before and name not in free:
             raise UserError(f"--resume: the run has {name} {before}, not {value}; "
                             f"leave {flag_of(name)} out")
     settings = dataclasses.replace(settings, **given)
@@ -1004,7 +1163,7 @@ def settings_of(checkpoint, preset):
     try:
         settings = type(preset(saved["model"], saved["dataset"]))(**saved)
         settings.check()
-    except (TypeError, KeyError, UserError) as error:
+    except (TypeError, LookupError, AttributeError, ValueError) as error:
         raise UserError("--resume: the checkpoint's settings are not of this version of the file "
                         f"({first_line(error)})") from None
     return settings
@@ -1013,14 +1172,14 @@ def settings_of(checkpoint, preset):
 # ---- Checkpoints, written and read ---------------------------------------------------------------
 
 
-def save_atomic(content, path):
-    """torch.save under a temporary name, then a rename: nobody ever sees half a file.
+def save_atomic(content, path, write=None):
+    """torch.save, or write(content, path), to a temporary name, then a rename: never half a file.
 
     Raises UserError if that fails, for want of space for instance; what was there before stays.
     """
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
-        torch.save(content, temporary)
+        (write or torch.save)(content, temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         raise UserError(f"{path} cannot be written ({first_line(error)}); what was there before "
@@ -1033,7 +1192,8 @@ def save_atomic(content, path):
 def read_saved(path, **options):
     """What `save_atomic` put there, tensors and plain values only. ValueError for anything else.
 
-    The checksums are read first, since torch.load lets a flipped bit in a tensor pass.
+    The checksums are read first, since torch.load lets a flipped bit in a tensor pass. A file that
+    may not be read is a PermissionError.
     """
     try:
         with zipfile.ZipFile(path) as whole:
@@ -1043,14 +1203,17 @@ def read_saved(path, **options):
         return torch.load(path, weights_only=True, **{"map_location": "cpu"} | options)
     except pickle.UnpicklingError:
         raise ValueError("it holds more than tensors and plain values, so it was refused") from None
-    except PermissionError as error:
-        raise ValueError(f"it cannot be read ({error.strerror})") from None
+    except PermissionError:  # It may be whole.
+        raise
     except Exception:  # half a dozen kinds, depending on which byte it is
         raise ValueError("it is damaged or truncated") from None
 
 
 CHECKPOINT = dict(file=str, settings=dict, step=int, data=str, channels=int, weights=dict,
-                  optimisers=dict, scaler=dict, batches=dict, random=list)
+                  optimisers=dict, scaler=dict, batches=dict(epoch=int, position=int),
+                  random=[[Tensor]])
+SCALER = dict(scale=float, growth_factor=float, backoff_factor=float, growth_interval=int,
+              _growth_tracker=int)
 
 
 def load_checkpoint(path, file):
@@ -1060,7 +1223,7 @@ def load_checkpoint(path, file):
     """
     if path == "":
         raise UserError("--resume is empty")
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     if path.is_dir() or path.suffix != ".pt":
         path = path / "last.pt"
     if not path.is_file():
@@ -1069,8 +1232,7 @@ def load_checkpoint(path, file):
         state = read_saved(path)
     except ValueError as error:
         raise UserError(f"--resume: {path}: {error}; an older best.pt may still be whole") from None
-    plain = isinstance(state, dict)
-    if not plain or any(not isinstance(state.get(k), kind) for k, kind in CHECKPOINT.items()):
+    if not fits(state, CHECKPOINT):
         raise UserError(f"--resume: {path} is not a checkpoint of {file}.py")
     if state["file"] != file:
         raise UserError(f"--resume: {path} was written by {state['file']}.py, not by {file}.py")
@@ -1082,17 +1244,52 @@ def optimisers_of(model):
     return {k: v for k, v in vars(model).items() if isinstance(v, torch.optim.Optimizer)}
 
 
+MOMENTS = {torch.optim.Adam: ("exp_avg", "exp_avg_sq"), torch.optim.RMSprop: ("square_avg",)}
+
+
 def restore(checkpoint, model):
-    """Puts weights and optimisers back. Raises UserError if the networks are of another shape."""
+    """Puts weights and optimisers back.
+
+    Raises UserError if the networks are of another shape, NotFinite if a number is not.
+    """
     try:
         model.load_state_dict(checkpoint["weights"])
         for name, optimiser in optimisers_of(model).items():
-            optimiser.load_state_dict(checkpoint["optimisers"][name])
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()
+            restore_optimiser(optimiser, checkpoint["optimisers"][name]["state"])
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
         raise UserError("--resume: the checkpoint's networks are of another shape than the "
                         f"settings ask for ({reason})") from None
     model.iteration = checkpoint["step"]
+    check_finite(model)
+
+
+def restore_optimiser(optimiser, state):
+    """Copies {number of the parameter: its moments}; rates and the like are the model's own.
+
+    Raises an error for what does not fit the parameter: a fused step would write beyond its end.
+    """
+    parameters = [p for group in optimiser.param_groups for p in group["params"]]
+    copies = {}
+    for number, saved in state.items():
+        like = dict.fromkeys(MOMENTS[type(optimiser)], parameters[number])
+        like["step"] = torch.ones(())
+        for name, tensor in like.items():
+            if (saved[name].shape, saved[name].dtype) != (tensor.shape, tensor.dtype):
+                raise ValueError(f"{name} of an optimiser is not of its parameter's shape")
+        copies[number] = {k: torch.empty_like(v).copy_(saved[k]) for k, v in like.items()}
+    optimiser.load_state_dict(optimiser.state_dict() | {"state": copies})
+
+
+def check_finite(model):
+    """Raises NotFinite for a weight, buffer or optimiser's moment that is not."""
+    values = list(model.state_dict().items())
+    for name, optimiser in optimisers_of(model).items():
+        for state in optimiser.state.values():
+            values += [(f"{name} {key}", value) for key, value in state.items()]
+    for name, value in values:
+        if not value.isfinite().all():
+            raise NotFinite(f"the weights '{name}' are not finite")
 
 
 # ---- Run folders ---------------------------------------------------------------------------------
@@ -1106,11 +1303,11 @@ def run_folder(args, default):
 
     Raises UserError if --out holds something else than the run that is to be continued in it.
     """
-    out = Path(args.out or default).expanduser()
+    out = Path(os.path.expanduser(args.out or default))
     if args.resume is None:
         names = (out if n == 1 else out.with_name(f"{out.name}-{n}") for n in itertools.count(1))
         return next(name for name in names if not (name / "config.json").exists())
-    resumed = Path(args.resume).expanduser()
+    resumed = Path(os.path.expanduser(args.resume))
     resumed = resumed.parent if resumed.is_file() else resumed
     if args.out is None or out.resolve() == resumed.resolve():
         return resumed
@@ -1120,6 +1317,10 @@ def run_folder(args, default):
     return out
 
 
+def write_text(text, path):
+    path.write_text(text)
+
+
 def versions():
     """What a number was measured with, as config.json keeps it; "+": with uncommitted changes."""
     revision = None
@@ -1127,8 +1328,13 @@ def versions():
         command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
         here = Path(__file__).resolve().parent
         revision = subprocess.run(command, cwd=here, capture_output=True, text=True).stdout.strip()
-    return dict(python=sys.version.split()[0], torch=torch.__version__, revision=revision or None,
-                torchvision=torchvision.__version__, threads=torch.get_num_threads())
+    checks = {"AMX": "_is_amx_tile_supported", "AVX512-BF16": "_is_avx512_bf16_supported"}
+    units = "".join(f", {k}" for k, check in checks.items() if getattr(torch.cpu, check, bool)())
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    threads = torch.get_num_threads()
+    machine = f"{os.cpu_count()} cores, {platform.machine()}{units}; {card}; {threads} threads"
+    return dict(python=sys.version.split()[0], torch=torch.__version__, machine=machine,
+                torchvision=torchvision.__version__, revision=revision or None, threads=threads)
 
 
 class Run:
@@ -1142,7 +1348,8 @@ class Run:
     last.pt, best.pt             checkpoints: the latest, and that of the best evaluation
     drawn/, probe-NAME.jsonl     what --sample and --probe leave
 
-    It is made before anything is computed. Raises UserError if the folder cannot be written.
+    It is made before anything is computed; what was there before changes only once the loop begins.
+    Raises UserError if the folder cannot be written, or the run has another number of ranks.
     """
 
     def __init__(self, folder, file, settings, machine, checkpoint=None):
@@ -1160,13 +1367,28 @@ class Run:
         self.losses = []
         self.text = ""
         self.shown = 0.0
+        ranks = len(checkpoint["random"]) if checkpoint else self.world
+        if ranks != self.world:
+            raise UserError(f"--resume: the run has {ranks} ranks, and here are {self.world}; "
+                            "start as many with torchrun")
+        self.continues = any(self.folder.glob("*.pt"))  # else --out starts a new folder
         if self.world > 1:
             dist.barrier()  # every rank has chosen the same folder before it is made
         if self.main:
             self.open_folder()
 
     def open_folder(self):
-        """Makes the folder and writes config.json, with the commands that were there before."""
+        """Makes the folder and opens its log."""
+        try:
+            for name in ("samples", "recon", "figures"):
+                (self.folder / name).mkdir(parents=True, exist_ok=True)
+            self.log_file = open(self.folder / "log.jsonl", "a")
+        except OSError as error:
+            raise UserError(f"cannot write to the run folder {self.folder}: {error.strerror}; "
+                            "choose another with --out") from None
+
+    def write_config(self):
+        """config.json, with the commands that were there before."""
         earlier = []
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
             before = json.loads((self.folder / "config.json").read_text())
@@ -1174,20 +1396,14 @@ class Run:
         about = dict(command=" ".join(sys.argv), earlier_commands=earlier, world=self.world,
                      device=str(self.machine.device), precision=self.machine.amp)
         about = dataclasses.asdict(self.settings) | about | versions()
-        try:
-            for name in ("samples", "recon", "figures"):
-                (self.folder / name).mkdir(parents=True, exist_ok=True)
-            self.log_file = open(self.folder / "log.jsonl", "a")
-            (self.folder / "config.json").write_text(json.dumps(about, indent=1) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write to the run folder {self.folder}: {error.strerror}; "
-                            "choose another with --out") from None
+        save_atomic(json.dumps(about, indent=1) + "\n", self.folder / "config.json", write_text)
 
     def begin(self, model, batches, data, steps):
         """Puts a checkpoint back, and lets the ranks train one model. Returns the steps behind.
 
         data: the fingerprint of the training set; steps: the length of the run. Raises UserError
-        if the checkpoint is of other networks, other data or another number of ranks.
+        if the checkpoint is of other networks, or of other data: only in a new folder do other data
+        start a new run from these weights.
         """
         self.model = model
         self.batches = batches
@@ -1209,24 +1425,30 @@ class Run:
 
     def put_back(self, state):
         """Goes on from a checkpoint. Raises UserError, as `begin` says, if that cannot be."""
-        if state["data"] != self.data:
+        new = state["data"] != self.data
+        if new and self.continues:
             raise UserError(f"--resume: {self.settings.dataset} holds other data than the run was "
-                            "trained on; start a new run")
-        if len(state["random"]) != self.world:
-            raise UserError(f"--resume: the run has {len(state['random'])} ranks, and here are "
-                            f"{self.world}; start as many with torchrun")
+                            "trained on; --out NEW starts a new run from its weights")
         restore(state, self.model)
-        if state["scaler"]:  # empty where the run was not of fp16 so far
+        if new:
+            say(f"{self.settings.dataset} holds other data than the run was trained on: this is a "
+                "new run, from step 0, that begins with its weights")
+            self.model.iteration = 0
+            return
+        if fits(state["scaler"], SCALER):  # empty where the run was not of fp16 so far
             self.machine.scaler.load_state_dict(state["scaler"])
         self.batches.load_state_dict(state["batches"])
-        for set_state, mine in zip(self.generators("set_rng_state"), state["random"][self.rank]):
-            set_state(mine)
+        try:
+            mine = state["random"][self.rank]
+            for set_state, saved in zip(self.generators("set_rng_state"), mine):
+                set_state(saved)
+        except (RuntimeError, TypeError) as error:
+            raise UserError("--resume: the checkpoint's random numbers do not go on here "
+                            f"({first_line(error)})") from None
         protocol = all(state["settings"].get(name) == getattr(self.settings, name)
                        for name in ("inception", "samples"))
         if protocol and (self.folder / "best.pt").exists():
-            self.best = state.get("best")
-        if self.main:
-            self.forget_after(state["step"])
+            self.best = state["best"] if fits(state.get("best"), float) else None
 
     def generators(self, verb):
         """Get or set the state of each generator of random numbers in use."""
@@ -1242,8 +1464,7 @@ class Run:
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
         self.log_file.close()
-        path.with_suffix(".tmp").write_text("".join(kept))
-        os.replace(path.with_suffix(".tmp"), path)
+        save_atomic("".join(kept), path, write_text)
         self.log_file = open(path, "a")
 
     def __enter__(self):
@@ -1253,6 +1474,9 @@ class Run:
 
         signals = (signal.SIGINT, signal.SIGTERM)
         self.handlers = {number: signal.signal(number, note) for number in signals}
+        if self.main:
+            self.write_config()
+            self.forget_after(self.model.iteration)
         return self
 
     def __exit__(self, kind, error, trace):
@@ -1317,7 +1541,9 @@ class Run:
 
     def report(self, step, metrics):
         """Logs an evaluation, and says it in a line that a person reads."""
-        self.log(step, steps=self.steps, **metrics)
+        precision = {"off": "float32"}.get(self.machine.amp, self.machine.amp)
+        protocol = f"{metrics.get('protocol', '')}; trained in {precision}".lstrip("; ")
+        self.log(step, steps=self.steps, **metrics | {"protocol": protocol})
         shown = {k: f"{v:.4g}" if isinstance(v, (int, float)) else v for k, v in metrics.items()
                  if k != "protocol" and not isinstance(v, list)}
         print("\r\033[K" if sys.stderr.isatty() else "", end="", file=sys.stderr, flush=True)
@@ -1346,9 +1572,7 @@ class Run:
 
     def check_finite(self):
         """Raises NotFinite for a weight that is not: the losses have not shown it yet."""
-        for name, value in self.model.state_dict().items():
-            if not value.isfinite().all():
-                raise NotFinite(f"the weights '{name}' are not finite")
+        check_finite(self.model)
 
     def save(self, name, step):
         """Writes all that resuming needs, as tensors and plain values. Every rank calls it."""
@@ -1371,15 +1595,213 @@ class Run:
                           self.signal or signal.SIGTERM)
 
 
+# ---- A table of a paper by one command -----------------------------------------------------------
+
+
+def asks_for_table(argv):
+    """Whether --table is among the arguments: the others are then those of its rows."""
+    argv = sys.argv[1:] if argv is None else argv
+    return any(argument.partition("=")[0] == "--table" for argument in argv)
+
+
+def run_table(argv, file, tables, main):
+    """`--table NAME [--seeds N] [--report] [--out DIR] [other flags]`; returns the exit code.
+
+    Trains each row that has no finished run in DIR by main(flags), and goes on with one that was
+    interrupted. Other flags go to every row. Then prints published beside measured, and leaves it
+    in DIR/table.md and, a JSON object a number, DIR/results.jsonl. --report trains nothing.
+
+    A table is a dict: title; columns, (heading, data set, metric) each; rows, {name: (flags, or
+    None for a system that is not there, then the published value of each column, or None)};
+    choose, "min" over evaluations, "best" as best.pt, or "last"; probe, a --probe of ivgen.py.
+    """
+    parser = Parser(prog=f"{file}.py", add_help=False, allow_abbrev=False)
+    parser.add_argument("--table", choices=list(tables))
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--report", action="store_true")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out")
+    parser.add_argument("--dataset")
+    args, flags = parser.parse_known_args(argv)
+    own = {"--resume", "--sample", "--bench", "--probe", "--seed", "--model"}
+    if own & {flag.partition("=")[0] for flag in flags}:
+        raise UserError(f"--table sets {', '.join(sorted(own))} by itself; leave them out")
+    if not 1 <= args.seeds <= 1000:
+        raise UserError(f"--seeds {args.seeds} is out of range: 1 to 1000")
+    table = tables[args.table]
+    if args.dataset:
+        flags += ["--dataset", args.dataset]
+        table = table_on(table, args.dataset)
+    folder = Path(os.path.expanduser(args.out or f"runs/{file}-table{args.table}"))
+    runs = table_runs(file, table, args.seeds, flags, folder)
+    missing = {} if args.report else train_runs(runs, args.device, table, main)
+    lines, text = table_text(f"{file} {args.table}", table, runs)
+    text += ["", *table_notes(table, flags, runs, lines, missing)]
+    if lines:
+        (folder / "table.md").write_text("\n".join(text) + "\n")
+        (folder / "results.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    print("\n".join(text))
+    return 0
+
+
+def table_on(table, dataset):
+    """The table with its columns of this data set or, if it has none, with those of all metrics."""
+    kept = [n for n, column in enumerate(table["columns"]) if column[1] == dataset]
+    if kept:
+        rows = {row: (flags, *(published[n] for n in kept))
+                for row, (flags, *published) in table["rows"].items()}
+        return table | dict(columns=[table["columns"][n] for n in kept], rows=rows)
+    metrics = dict.fromkeys(metric for _, _, metric in table["columns"])
+    rows = {row: (cells[0], *[None] * len(metrics)) for row, cells in table["rows"].items()}
+    return table | dict(columns=[(m, dataset, m) for m in metrics], rows=rows)
+
+
+def table_runs(file, table, seeds, flags, folder):
+    """The runs of a table: for each a dict of row, dataset, seed, flags, folder, command."""
+    runs = []
+    for row, (own, *_) in table["rows"].items():
+        for dataset in dict.fromkeys(c[1] for c in table["columns"]) if own is not None else ():
+            for seed in range(seeds):
+                # named by its flags, so that two rows of the same system share their runs
+                name = re.sub(r"[^a-z0-9.]+", "-", f"{own} {Path(dataset).name}".lower())
+                given = [*own.split(), "--dataset", dataset, *flags, "--seed", str(seed)]
+                runs.append(dict(row=row, dataset=dataset, seed=seed, flags=given,
+                                 folder=folder / f"{name.strip('-')}-s{seed}",
+                                 command=" ".join(["python", f"{file}.py", *given])))
+    return runs
+
+
+def json_lines(path):
+    """The objects of a file of JSON lines; none if it cannot be read."""
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except (OSError, ValueError):
+        return []
+
+
+def is_finished(run, table):
+    lines = json_lines(run["folder"] / "log.jsonl")
+    probed = not table.get("probe") or (run["folder"] / f"probe-{table['probe']}.jsonl").exists()
+    return probed and any(line["step"] == line.get("steps") for line in lines)
+
+
+def train_runs(runs, device, table, main):
+    """Trains what is not finished. Returns {(row, data set): why it cannot be had}."""
+    missing = {}
+    began = time.time()
+    todo = [run for run in runs if not is_finished(run, table)]
+    for n, run in enumerate(todo):
+        text = f"run {n + 1} of {len(todo)}: {run['row']} on {run['dataset']}, seed {run['seed']}"
+        if n:
+            left = (time.time() - began) / n * (len(todo) - n) / 60
+            text += f", about {left:.0f} minutes left"
+        print(text, file=sys.stderr)
+        resume = ["--resume", str(run["folder"]), "--device", device]
+        fresh = [*run["flags"], "--device", device, "--out", str(run["folder"])]
+        try:
+            main(resume if (run["folder"] / "last.pt").exists() else fresh)
+            if table.get("probe"):
+                main([*resume, "--probe", table["probe"]])
+        except (UserError, NotFinite) as error:
+            missing[run["row"], run["dataset"]] = str(error)
+    return missing
+
+
+def table_text(name, table, runs):
+    """(lines for results.jsonl, the table as lines of Markdown)."""
+    lines = []
+    headings = [heading for heading, _, _ in table["columns"]]
+    text = [f"{table['title']} (--table {name.split()[1]})", "",
+            f"| | {' | '.join(f'{h}, published | {h}, here' for h in headings)} |",
+            f"|---|{'---:|' * 2 * len(headings)}"]
+    for row, (_, *published) in table["rows"].items():
+        cells = [row]
+        for (heading, dataset, metric), value in zip(table["columns"], published):
+            mine = [run for run in runs if run["row"] == row and run["dataset"] == dataset]
+            line = measured(mine, metric, table)
+            cells.append("–" if value is None else f"{value:g}")
+            cells.append("–")
+            if line:
+                scale = 100 if "%" in heading else 1
+                cells[-1] = f"{scale * line['value']:.4g}"
+                if "std" in line:
+                    cells[-1] += f" ± {scale * line['std']:.2g} ({line['n_seeds']})"
+                if line["metric"] != metric:
+                    cells[-1] += f" ({line['metric']})"
+                lines.append(dict(table=name, row=row, heading=heading, published=value) | line)
+        text.append(f"| {' | '.join(cells)} |")
+    return lines, text
+
+
+def measured(runs, metric, table):
+    """What the runs of one cell, a seed each, have measured: a line for results.jsonl, or None.
+
+    Where fid was not measured, for want of its weights, it is fcd, and says so.
+    """
+    values = []
+    for run in runs:
+        file = f"probe-{table['probe']}.jsonl" if table.get("probe") else "log.jsonl"
+        done = json_lines(run["folder"] / file)
+        if metric == "fid" and not any("fid" in e for e in done):
+            metric = "fcd"
+        done = [e for e in done if metric in e]
+        if not done:
+            continue
+        chosen = done[-1]
+        if table.get("choose") == "min":
+            chosen = min(done, key=lambda e: e[metric])
+        elif table.get("choose") == "best":
+            chosen = min(done, key=lambda e: e.get("fid", e.get("fcd", math.inf)))
+        values.append(chosen[metric])
+        about = json.loads((run["folder"] / "config.json").read_text())
+        command = run["command"].replace(f"--seed {run['seed']}", "--seed S")
+        line = dict(metric=metric, command=command, step=chosen.get("step"),
+                    protocol=chosen.get("protocol", f"iteration {chosen.get('iteration')}"),
+                    machine=about["machine"], revision=about["revision"],
+                    versions={k: about[k] for k in ("python", "torch", "torchvision")},
+                    precision=about["precision"])
+    if not values:
+        return None
+    mean = sum(values) / len(values)
+    if len(values) == 1:
+        return dict(value=mean, seed=run["seed"]) | line
+    std = (sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** .5
+    return dict(value=mean, std=std, n_seeds=len(values), values=values) | line
+
+
+def table_notes(table, flags, runs, lines, missing):
+    """What stands under a table: protocol, departures, what is unfinished or cannot be had."""
+    text = [f"Protocol: {protocol}" for protocol in dict.fromkeys(x["protocol"] for x in lines)]
+    if flags:
+        text.append(f"Departures from the paper, in every row: {' '.join(flags)}")
+    for (row, dataset), why in missing.items():
+        text.append(f"{row} on {dataset} cannot be had: {why}")
+    waiting = sum(not is_finished(run, table) for run in runs) - len(missing)
+    if waiting > 0:
+        text.append(f"{waiting} of {len(runs)} runs are not finished: the same command without "
+                    "--report trains them")
+    absent = [row for row, cells in table["rows"].items() if cells[0] is None]
+    if absent:
+        text.append(f"Not in this file: {', '.join(absent)}")
+    return text
+
+
 # ---- The command line: look at what you train on -------------------------------------------------
+
+
+def oblique(points):
+    """Points (n, 2) as they are, (n, 3) as seen obliquely, the second axis running back: (n, 2)."""
+    depth = points[:, 1:-1].sum(1, keepdim=True)
+    return points[:, [0, -1]] + depth * points.new_tensor([0.25, 0.1])
 
 
 def sheet(dataset):
     """What a network is shown, uint8 (C, H, W): ten by ten images, or the points' density."""
     if dataset.kind == "points":
-        reach = 1.05 * float(dataset.x.abs().max())
+        x = oblique(dataset.x)
+        reach = 1.05 * float(x.abs().max())
         box = [-reach, reach, -reach, reach]
-        density = torch.histogramdd(dataset.x, [160, 160], range=box).hist
+        density = torch.histogramdd(x, [160, 160], range=box).hist
         shade = (density / density[density > 0].quantile(0.8)).clamp(max=1)
         shade = shade.T.flip(0)[None, None]  # x to the right, y upwards
         return to_uint8(1 - 2 * F.interpolate(shade, scale_factor=4))[0]
@@ -1398,7 +1820,7 @@ def main(argv=None):
     parser.add_argument("--split", default="train", help="train (default) or test")
     parser.add_argument("--out", help="the sheet (default: NAME-SPLIT.png)")
     args = parser.parse_args(argv)
-    folder = Path(args.name).expanduser().resolve()
+    folder = Path(os.path.expanduser(args.name)).resolve()
     inside = Path(args.out or "sheet.png").resolve().is_relative_to(folder)
     if args.name not in IMAGE_SETS + POINT_SETS and inside:
         raise UserError(f"the sheet would be one of the pictures in {folder}: give another --out")

@@ -22,7 +22,8 @@ Run it.  python ivgen.py                                    IVLSGAN on drawn dig
          python ivgen.py --dataset cifar10                  the paper's recipe: 64 x 64, 400 epochs
          python ivgen.py --dataset cifar10 --model wgan-gp  ... or another system of Table 2
          python ivgen.py --dataset cifar10 --k 10           ... or of Table 4
-         python ivgen.py --dataset stacked-mnist            modes and KL of Table 3
+         python ivgen.py --dataset stacked-mnist            modes and KL of Table 3; with
+                         --network pacgan --triples 128000  ... the networks and data of its source
          python ivgen.py --dataset mnist --model ivaae-rad  Part II; or ivaae-bw, aae, wae-mmd, ...
          python ivgen.py --resume RUN --probe discriminator its Figs. 2 and 3; `classifier`: Fig. 5
          python ivgen.py --model aae --help                 the flags of one system
@@ -50,7 +51,8 @@ try:
 except ImportError as error:
     if __name__ != "__main__":
         raise
-    sys.exit(f"ivgen.py: put data.py and metrics.py beside it ({error})")
+    print(f"ivgen.py: put data.py and metrics.py beside it ({error})", file=sys.stderr)
+    sys.exit(2)
 
 FILE = "ivgen"
 
@@ -152,58 +154,83 @@ class Machine:
 #         Not for WGAN, against whose plain estimate the penalty of 10 is set.
 # | D12 | BN's running statistics: silent | follow all batches | G's follow z, E's x    |          |
 #         E's rate is 50 times G's: each evaluation takes E's statistics anew from training images.
+#
+# The first rows of Table 3 are copied from other papers. "Source" is PacGAN's code, but of D23 that
+# of a VEEGAN author for Unrolled GAN, and of D24 VEEGAN's paper and the same author's code for ALI.
+# |     | source                       | here                                           | switch   |
+# |-----|------------------------------|------------------------------------------------|----------|
+# | D20 | its own networks, 28 pixels  | Table 1's, or the source's                     |--network |
+#         That has neither f nor E: f is D's second head, and E has D's convolutions, as in Table 1.
+# | D21 | DCGAN: pixels in [0, 1]      | [-1, 1], as G ends in tanh; else as the source |--network |
+#         z ~ U[-1, 1]^d, Adam 2e-4, two steps of G on one z. The IV systems need z ~ N(0, I).
+# | D22 | 128,000 fixed triples        | new ones every epoch                           |--triples |
+#         Packs are fixed there, too; here each image is packed with others of its batch.
+# | D23 | batch 10, z ~ N(0, I)^256    | 64 and N(0, I)^100, as all systems             |--batch ..|
+# | D24 | stacked-MNIST code not found | D and F of the same author's ALI               |          |
+#         F without its last tanh, since codes are not bounded; Adam 2e-4, the ALI's.
 
 IV = ("ivdcgan", "ivlsgan")
 WITH_E = ("mrgan", *IV)
+PACGAN = dict(lr=2e-4, steps_of_g=2, prior="uniform")           # D21
 
 
 @dataclasses.dataclass
 class IVGANConfig(Settings):
     """IVGAN's settings. The values are those of Sec. 5 for IVLSGAN."""
 
-    model: str = setting("ivlsgan", "dcgan, lsgan, wgan, wgan-gp, mrgan, ivdcgan, ivlsgan; Part "
-                         "II: wae-mmd, aae, ivaae-bw, ivaae-rad, ivaae-svgd")
+    model: str = setting("ivlsgan", "dcgan, lsgan, wgan, wgan-gp, mrgan, ivdcgan, ivlsgan, veegan, "
+                         "unrolled, pacdcgan; Part II: wae-mmd, aae, ivaae-bw, -rad, -svgd")
     dataset: str = setting("digits", "a name (see data.py) or a folder of pictures")
-    size: int = setting(64, "pixels, a power of two (Sec. 5)", least=32, most=1024)
+    network: str = setting("table1", "table1, or pacgan: that of Table 3's copied rows (D20)",
+                           choices=("table1", "pacgan"))
+    size: int = setting(64, "pixels, a power of two (Sec. 5)", least=28, most=1024)
     width: int = setting(64, "channels after the first convolution (Table 1)", least=1)
     latent: int = setting(100, "d, the code's dimensions (Sec. 5)", least=2)
     batch: int = setting(64, "n, images per step and rank (author code)", least=2)
     epochs: float = setting(400., "training length (author code)", least=1e-9)
     k: int = setting(4, "blocks, so interventions (Sec. 5; Table 4)", least=2, models=IV)
-    mu: float = setting(.5, "weight of L_IV for G, of V_class for f (Sec. 5; Table 4)", least=0,
-                        models=WITH_E)
+    mu: float = setting(.5, "weight of L_IV for G, V_class for f (Sec. 5)", least=0, models=WITH_E)
     lam: float = setting(.25, "weight of L_recon for G (Sec. 5)", least=0, models=WITH_E)
     mu_e: float = setting(1., "weight of L_IV for E (Sec. 5)", least=0, models=WITH_E)
     lam_e: float = setting(1., "weight of L_recon for E (Sec. 5)", least=0, models=WITH_E)
+    pack: int = setting(1, "m, images that D sees at once", least=1, models=("pacdcgan",))
+    unroll: int = setting(5, "K, steps that G looks ahead at D", least=0, models=("unrolled",))
+    triples: int | None = setting(None, "fixed triples of all 70,000 digits (D22)", int, 1)
     e_steps: int = setting(1, "steps of E per iteration (D4)", least=1, models=IV)
     e_sign: str = setting("paper", "E's objective: paper, code (D3)", choices=("paper", "code"),
                           models=IV)
     d_norm: str = setting("table1", "batch norm in D: table1, dcgan, none (D2)",
                           choices=("table1", "dcgan", "none"))
     lr: float = setting(1e-4, "Adam's rate for D, f and G (Sec. 5)", least=0)
-    lr_e: float = setting(5e-3, "Adam's rate for E (Sec. 5)", least=0, models=WITH_E)
+    lr_d: float | None = setting(None, "Adam's rate for D instead", float, 0, models=("unrolled",))
+    lr_e: float = setting(5e-3, "Adam's rate for E (Sec. 5)", least=0, models=("veegan", *WITH_E))
     beta1: float = setting(.5)                              # Sec. 5
     beta2: float = setting(.999)                            # Sec. 5
     loss: str = setting("lsgan")                            # dcgan, lsgan, wgan, wgan-gp
     steps_of_d: int = setting(1)                            # D10: steps of D for one of G
+    steps_of_g: int = setting(1)                            # D21: steps of G on the same z
+    prior: str = setting("normal")                          # D21: or uniform
     noise: float = setting(1., least=0)                     # D7: scales the schedule below
     noise_schedule: tuple = setting(())                     # D7: (share of the run, deviation), ...
 
     def check(self):
         """Raises UserError, in one sentence, for settings that cannot work."""
         super().check()
-        if self.size & (self.size - 1):
+        if self.network == "pacgan" and self.size != 28:
+            raise UserError(f"--size {self.size}: PacGAN's networks are for 28 pixels")
+        if self.network == "table1" and self.size & (self.size - 1):
             raise UserError(f"--size {self.size} is no power of two (the networks halve it to 4)")
         if self.model in IV and self.latent % self.k:
-            raise UserError(f"--k {self.k} does not divide the latent dimension {self.latent} into "
-                            "blocks")
-        if self.compile and self.loss == "wgan-gp":
-            raise UserError("--compile does not go with wgan-gp: its penalty differentiates twice")
+            raise UserError(f"--k {self.k} does not divide the latent dimension {self.latent}")
+        if self.model in ("unrolled", "wgan-gp") and self.compile:
+            raise UserError(f"--compile does not go with {self.model}: it differentiates twice")
+        if self.model == "unrolled" and self.amp == "fp16":
+            raise UserError("--amp fp16: unrolling needs gradients that it loses; use bf16 or off")
 
 
 LSGAN_NOISE = ((0, .05), (.125, .01), (.25, .001), (.5, 0.))    # D7: epochs 0, 50, 100, 200 of 400
 DCGAN_NOISE = ((0, .05), (.25, .01), (.5, .003), (.75, .001))   # D7: epochs 0, 100, 200, 300
-IVGAN_MODELS = {                                                # Table 2: what each system changes
+IVGAN_MODELS = {                                                # what each system changes
     "dcgan": dict(loss="dcgan"),
     "lsgan": dict(loss="lsgan"),
     "wgan": dict(loss="wgan", steps_of_d=5, lr=5e-5),
@@ -211,6 +238,9 @@ IVGAN_MODELS = {                                                # Table 2: what 
     "mrgan": dict(loss="dcgan", mu=.25, lam=.25, mu_e=.25, lam_e=.25),
     "ivdcgan": dict(loss="dcgan", noise_schedule=DCGAN_NOISE),
     "ivlsgan": dict(loss="lsgan", noise_schedule=LSGAN_NOISE),
+    "veegan": dict(loss="dcgan", lr=2e-4, lr_e=2e-4),           # D24
+    "unrolled": dict(loss="dcgan", lr=1e-4, lr_d=2e-4),         # its source's (D23)
+    "pacdcgan": dict(loss="dcgan", pack=2) | PACGAN,
 }
 IVGAN_DATASETS = {                                              # what a data set changes
     "digits": dict(size=32, width=32, latent=16, batch=32, steps=5400, eval_every=1800, lr=1e-3,
@@ -222,16 +252,18 @@ IVGAN_DATASETS = {                                              # what a data se
 }
 
 
-def preset_ivgan(model, dataset):
-    """The paper's values, then what the data set and what the system changes."""
+def preset_ivgan(model, dataset, network=None):
+    """The paper's values, then what the data set, the networks and the system change."""
     changes = IVGAN_DATASETS.get(dataset, {}) | IVGAN_MODELS[model]
+    if network == "pacgan":
+        changes |= dict(network=network, size=28, d_norm="dcgan")           # D20
+        changes |= PACGAN if model == "dcgan" else {}                       # D21
     if dataset == "digits":
         changes["noise_schedule"] = ((0, .2),)                  # ours, for all systems (D7)
     return IVGANConfig(model=model, dataset=dataset, **changes)
 
 
 # ---- Interventions (Sec. 3) ----------------------------------------------------------------------
-
 
 def block_substitute(z, index, k, noise):
     """O_i, "block substitution" (Sec. 3): of k equal blocks of z, block `index` becomes noise's.
@@ -249,20 +281,15 @@ def block_substitute(z, index, k, noise):
 def multi_js(densities, weights=None):
     """Eq. (2): JS_pi(p_1..p_n) = H(sum pi_i p_i) - sum pi_i H(p_i), in nats, of p (n, m) discrete.
 
-    Not used in training, where f estimates it (Theorem 3): here for the tests and for the reader.
+    Training does not form it: there f estimates it (Theorem 3).
     """
-    n = len(densities)
     if weights is None:
-        weights = densities.new_full((n,), 1 / n)
-
-    def entropy(p):
-        return -torch.special.xlogy(p, p).sum(-1)
-
-    return entropy(weights @ densities) - (weights * entropy(densities)).sum()
+        weights = densities.new_full((len(densities),), 1 / len(densities))
+    entropies = torch.special.entr(densities).sum(1)            # H(p_i): entr(p) is -p log p
+    return torch.special.entr(weights @ densities).sum() - weights @ entropies
 
 
-# ---- Networks: Table 1, for 64 x 64 pixels; one stage fewer for 32, one more for 128 -------------
-
+# ---- Networks: Table 1, for 64 x 64 pixels, one stage fewer for 32, one more for 128; PacGAN's ---
 
 def stages(size):
     """The number of stride-2 convolutions from `size` pixels down to 4: four for the paper's 64."""
@@ -280,19 +307,34 @@ def init_weights(module):
         nn.init.zeros_(module.bias)
 
 
-def convolutions(channels, size, width, norm_first, norm=True):
-    """The CONV(K4, S2) rows of D and E: (B, C, S, S) -> (B, 2^(n-1) width, 4, 4), n = stages(S)."""
-    layers = []
-    c_in = channels
-    for n in range(stages(size)):
-        c_out = width << n
-        has_norm = norm and (n > 0 or norm_first)
-        layers.append(nn.Conv2d(c_in, c_out, 4, 2, 1, bias=not has_norm))   # padding 1: S -> S / 2
-        if has_norm:
-            layers.append(nn.BatchNorm2d(c_out))
-        layers.append(nn.LeakyReLU(.2, inplace=True))
-        c_in = c_out
-    return nn.Sequential(*layers)
+class Convolutions(nn.Sequential):
+    """Stride-2 convolutions of D or E: (B, C, S, S) -> (B, c, side, side), c = 2^(depth-1) width.
+
+    norm: where there is BN: "table1" (everywhere), "dcgan" (not after the first), "none" (D2).
+    """
+
+    def __init__(self, channels, width, depth, kernel, side, norm):
+        layers = []
+        for n in range(depth):
+            c = width << n
+            has_norm = norm == "table1" or (norm == "dcgan" and n > 0)
+            layers.append(nn.Conv2d(channels, c, kernel, 2, (kernel - 1) // 2, bias=not has_norm))
+            if has_norm:
+                layers.append(nn.BatchNorm2d(c))
+            layers.append(nn.LeakyReLU(.2, inplace=True))
+            channels = c
+        super().__init__(*layers)
+        self.c = c
+        self.side = side
+        self.features = c * side * side
+
+
+def convolutions(config, channels, norm):
+    """Table 1's, "CONV(K4, S2)" down to 4 x 4, or PacGAN's: 28, 14, 7, 4, 2 by 5 x 5 kernels."""
+    if config.network == "pacgan":
+        return Convolutions(channels, config.width, 4, kernel=5, side=2, norm=norm)
+    depth = stages(config.size)
+    return Convolutions(channels, config.width, depth, kernel=4, side=4, norm=norm)
 
 
 class AsImage(nn.Module):
@@ -308,50 +350,71 @@ class Generator(nn.Sequential):
     def __init__(self, latent=100, channels=3, size=64, width=64):
         c = width << (stages(size) - 1)                         # 512 at the paper's width and size
         layers = [AsImage(), nn.ConvTranspose2d(latent, c, 4, 1, 0, bias=False)]            # 1 -> 4
-        for _ in range(stages(size) - 1):
+        for n in reversed(range(stages(size))):                 # S -> 2 S
+            c_out = c // 2 if n else channels
             layers += [nn.BatchNorm2d(c), nn.ReLU(inplace=True)]
-            layers += [nn.ConvTranspose2d(c, c // 2, 4, 2, 1, bias=False)]              # S -> 2 S
-            c //= 2
-        layers += [nn.BatchNorm2d(c), nn.ReLU(inplace=True)]
-        layers += [nn.ConvTranspose2d(c, channels, 4, 2, 1), nn.Tanh()]
+            layers.append(nn.ConvTranspose2d(c, c_out, 4, 2, 1, bias=n == 0))
+            c = c_out
+        layers.append(nn.Tanh())
         super().__init__(*layers)
         self.apply(init_weights)
 
 
+class PacGenerator(nn.Sequential):
+    """G of PacGAN's stacked MNIST (D20): z (B, d) -> images (B, C, 28, 28) in [-1, 1]."""
+
+    def __init__(self, latent=100, channels=3, width=64):
+        c = 8 * width
+        layers = [nn.Linear(latent, 4 * c), nn.Unflatten(1, (c, 2, 2))]
+        rows = ((4 * width, 1), (2 * width, 0), (width, 1), (channels, 1))
+        for c_out, more in rows:                                # 2 -> 4 -> 7 -> 14 -> 28
+            layers += [nn.BatchNorm2d(c), nn.ReLU(inplace=True)]
+            layers.append(nn.ConvTranspose2d(c, c_out, 5, 2, 2, more))
+            c = c_out
+        super().__init__(*layers, nn.Tanh())
+        self.apply(init_weights)
+
+
 class Discriminator(nn.Module):
-    """D of Table 1 with f as a second head: images (B, C, S, S) -> logits (B,) and (B, k), float32.
+    """D with f as a second head: images (B, C, S, S) -> logits (B,) and (B, k), float32."""
 
-    norm: where D has batch norm: "table1", "dcgan" (not after the first convolution), "none" (D2).
-    """
-
-    def __init__(self, channels=3, size=64, width=64, k=4, norm="table1"):
+    def __init__(self, trunk, k):
         super().__init__()
-        self.trunk = convolutions(channels, size, width, norm == "table1", norm != "none")
-        features = (width << (stages(size) - 1)) * 4 * 4
-        self.real = nn.Linear(features, 1)
-        self.block = nn.Linear(features, k)
+        self.trunk = trunk
+        self.real = nn.Linear(trunk.features, 1)
+        self.block = nn.Linear(trunk.features, k)
         self.apply(init_weights)
 
     def forward(self, x):
-        h = self.trunk(x).flatten(1)                            # (B, 8 w, 4, 4) -> (B, 128 w)
+        h = self.trunk(x).flatten(1)
         return self.real(h).squeeze(1).float(), self.block(h).float()
 
 
-class Encoder(nn.Sequential):
-    """E of Table 1: images (B, C, S, S) -> codes (B, d), normalised by the last BN."""
+class PairDiscriminator(nn.Module):
+    """D of VEEGAN (D24): codes z (B, d) and images x (B, C, S, S) -> logits (B,), float32."""
 
-    def __init__(self, latent=100, channels=3, size=64, width=64):
-        c = width << (stages(size) - 1)
-        super().__init__(
-            *convolutions(channels, size, width, norm_first=False),
-            nn.Conv2d(c, latent, 4, 2, 0, bias=False),          # CONV(K4, S2, O100): 4 -> 1
-            nn.Flatten(),
-            nn.BatchNorm1d(latent, affine=False))
+    def __init__(self, trunk, latent):
+        super().__init__()
+        self.trunk = trunk
+        self.pair = nn.Sequential(nn.Linear(trunk.features + latent, 200), nn.LeakyReLU(.2),
+                                  nn.Linear(200, 1))
+        self.apply(init_weights)
+
+    def forward(self, z, x):
+        h = torch.cat([self.trunk(x).flatten(1), z], 1)
+        return self.pair(h).squeeze(1).float()
+
+
+class Encoder(nn.Sequential):
+    """E: images (B, C, S, S) -> codes (B, d), normalised by the last BN."""
+
+    def __init__(self, trunk, latent):
+        last = nn.Conv2d(trunk.c, latent, trunk.side, 2, 0, bias=False)     # CONV(K4, S2, O100)
+        super().__init__(*trunk, last, nn.Flatten(), nn.BatchNorm1d(latent, affine=False))
         self.apply(init_weights)
 
 
 # ---- Losses: one function per equation; each returns a scalar to be minimised --------------------
-
 
 def adversarial_loss_d(name, real, fake):
     """L_adv(D), a mean over the 2n images (D11). real, fake: D's logits (B,). A scalar.
@@ -405,6 +468,11 @@ def model_loss(adversarial, reconstruction, intervention, lam, mu):
     return adversarial + lam * reconstruction + mu * intervention
 
 
+def code_loss(z, mean):
+    """VEEGAN: -log N(z; mean, I), summed over the d dimensions, mean over the batch (B, d)."""
+    return ((z - mean).square().sum(1) / 2).mean() + z.shape[1] / 2 * math.log(2 * math.pi)
+
+
 def gradient_penalty(critic, real, fake):
     """WGAN-GP: E[(||grad critic(x)|| - 1)^2] between real and fake (B, ...); critic(x) is (B,)."""
     u = torch.rand(len(real), *[1] * (real.dim() - 1), device=real.device)
@@ -415,9 +483,8 @@ def gradient_penalty(critic, real, fake):
 
 # ---- Models --------------------------------------------------------------------------------------
 
-
 class GAN(nn.Module):
-    """DCGAN, LSGAN, WGAN and WGAN-GP, by `config.loss`: Table 2's baselines, and IVGAN without E.
+    """DCGAN, LSGAN, WGAN and WGAN-GP, by `config.loss`: the baselines, and IVGAN without E.
 
     channels: of the images. steps: the run's length, for the noise's schedule (None: its start).
     It logs d_adv, g_adv, and d_gp, WGAN-GP's penalty.
@@ -432,22 +499,40 @@ class GAN(nn.Module):
         self.machine = machine or Machine()
         self.steps = steps
         self.iteration = 0
-        self.G = Generator(c.latent, channels, c.size, c.width)
-        self.D = Discriminator(channels, c.size, c.width, c.k, c.d_norm)
-        self.E = Encoder(c.latent, channels, c.size, c.width) if self.has_encoder else None
+        if c.network == "pacgan":
+            self.G = PacGenerator(c.latent, channels, c.width)
+        else:
+            self.G = Generator(c.latent, channels, c.size, c.width)
+        self.make_judges(channels)
         self.to(self.machine.device, memory_format=torch.channels_last)
         betas = (c.beta1, c.beta2)
         if c.loss == "wgan":
             self.optimiser_d = torch.optim.RMSprop(self.D.parameters(), c.lr)
             self.optimiser_g = torch.optim.RMSprop(self.G.parameters(), c.lr)
         else:
-            self.optimiser_d = self.machine.adam(self.D.parameters(), c.lr, betas)
+            lr_d = c.lr if c.lr_d is None else c.lr_d
+            self.optimiser_d = self.machine.adam(self.D.parameters(), lr_d, betas)
             self.optimiser_g = self.machine.adam(self.G.parameters(), c.lr, betas)
         if self.has_encoder:
             self.optimiser_e = self.machine.adam(self.E.parameters(), c.lr_e, betas)
 
+    def make_judges(self, channels):
+        c = self.config
+        self.D = Discriminator(convolutions(c, c.pack * channels, c.d_norm), c.k)
+        self.E = None
+        if self.has_encoder:
+            self.E = Encoder(convolutions(c, channels, "dcgan"), c.latent)
+
     def prior(self, n):
-        return torch.randn(n, self.config.latent, device=self.machine.device)
+        return self.from_normal(torch.randn(n, self.config.latent, device=self.machine.device))
+
+    def from_normal(self, noise):
+        """N(0, I) -> the prior: itself, or by its distribution function U[-1, 1]^d (D21)."""
+        return noise if self.config.prior == "normal" else 2 * torch.special.ndtr(noise) - 1
+
+    def generate(self, z):
+        """What D judges of codes z."""
+        return self.G(z)
 
     def noisy(self, x):
         """Instance noise on what D judges (Sec. 5; D7)."""
@@ -463,11 +548,14 @@ class GAN(nn.Module):
         c = self.config
         x = x.to(memory_format=torch.channels_last)
         moves_g = (self.iteration + 1) % c.steps_of_d == 0      # D10
+        z = self.prior(c.pack * len(x))
         with self.machine.autocast(), torch.set_grad_enabled(moves_g):
-            x_z = self.G(self.prior(len(x)))
+            x_z = self.generate(z)
         losses = self.step_d(x, x_z)
-        if moves_g:
+        for n in range(c.steps_of_g if moves_g else 0):
             with self.machine.autocast():
+                if n:
+                    x_z = self.generate(z)                      # D21: the same z again
                 losses["g_adv"] = adversarial_loss_g(c.loss, self.D(self.noisy(x_z))[0])
             self.machine.descend(self.optimiser_g, losses["g_adv"])
         self.iteration += 1
@@ -608,13 +696,124 @@ class MRGAN(GAN):
         return {name: loss.detach() for name, loss in losses.items()}
 
 
-# ---- Figures -------------------------------------------------------------------------------------
+# ---- Table 3's copied rows -----------------------------------------------------------------------
 
+class PacGAN(GAN):
+    """PacDCGAN (Lin et al., 2018): D judges packs of m images, joined on the channel axis.
+
+    Only D's first layer grows. At m = 1 it is DCGAN.
+    """
+
+    def step(self, x):
+        """One iteration on images x (B, C, S, S) in [-1, 1]. Returns its losses as scalars."""
+        packs = [x]                                             # D22
+        for _ in range(1, self.config.pack):
+            packs.append(x[torch.randint(len(x), (len(x),), device=x.device)])
+        return super().step(torch.cat(packs, 1))
+
+    def generate(self, z):
+        """Packs (B, m C, S, S) of codes z (m B, d), by m calls of G, each a batch to its BN."""
+        return torch.cat([self.G(part) for part in z.chunk(self.config.pack)], 1)
+
+
+def adam_step(weight, m, v, gradient, n, lr, betas):
+    """Adam's n-th step, n = 1, 2, .., as a function: (weight, m, v) after it."""
+    beta1, beta2 = betas
+    m = beta1 * m + (1 - beta1) * gradient
+    v = beta2 * v + (1 - beta2) * gradient.square()
+    m_hat = m / (1 - beta1 ** n)
+    v_hat = v / (1 - beta2 ** n) + 1e-30                        # at 0 a root has no derivative
+    return weight - lr * m_hat / (v_hat.sqrt() + 1e-8), m, v
+
+
+class UnrolledGAN(GAN):
+    """Unrolled GAN (Metz et al., 2017): G descends its loss at the D of K steps ahead.
+
+    Gradients reach G through D's steps as well. At K = 0 its losses are the GAN's; G moves first.
+    """
+
+    def step(self, x):
+        """One iteration on images x (B, C, S, S) in [-1, 1]. Returns its losses as scalars."""
+        x = x.to(memory_format=torch.channels_last)
+        with self.machine.autocast():
+            x_z = self.G(self.prior(len(x)))
+        fake = self.noisy(x_z)
+        weights = self.look_ahead(self.noisy(x), fake)
+        with self.machine.autocast():
+            g_adv = adversarial_loss_g(self.config.loss, self.judge(weights, fake))
+        self.machine.descend(self.optimiser_g, g_adv)
+        losses = self.step_d(x, x_z) | {"g_adv": g_adv}         # the one step that D really takes
+        self.iteration += 1
+        return {name: loss.detach() for name, loss in losses.items()}
+
+    def look_ahead(self, real, fake):
+        """D's weights {name: tensor} after K steps of Adam on this one batch, functions of `fake`.
+
+        The steps go on from the moments of D's optimiser, which stays as it is.
+        """
+        group = self.optimiser_d.param_groups[0]
+        state = {}                                              # name: (weight, m, v)
+        for name, p in self.D.named_parameters():
+            if not name.startswith("block"):                    # f takes no part
+                moments = self.optimiser_d.state.get(p, {})     # empty before the first step
+                zero = torch.zeros_like(p)
+                state[name] = (p, moments.get("exp_avg", zero), moments.get("exp_avg_sq", zero))
+        for n in range(self.iteration + 1, self.iteration + self.config.unroll + 1):
+            weights = {name: values[0] for name, values in state.items()}
+            with self.machine.autocast():
+                logits = [self.judge(weights, images) for images in (real, fake)]
+                loss = adversarial_loss_d(self.config.loss, *logits)
+            gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
+            for name, gradient in zip(weights, gradients):
+                state[name] = adam_step(*state[name], gradient, n, group["lr"], group["betas"])
+        return {name: values[0] for name, values in state.items()}
+
+    def judge(self, weights, x):
+        """D's logits (B,) with other weights; its running statistics take no notice."""
+        buffers = {name: buffer.clone() for name, buffer in self.D.named_buffers()}
+        return torch.func.functional_call(self.D, weights | buffers, x)[0]
+
+
+class VEEGAN(GAN):
+    """VEEGAN (Srivastava et al., 2017): E, its F, maps images back to codes; D judges pairs.
+
+    q(z|x) = N(E(x), I). It logs d_adv; g_adv, D's mean logit on (z, G(z)); rec, -log q(z|G(z)).
+    """
+
+    has_encoder = True
+
+    def make_judges(self, channels):
+        c = self.config
+        self.D = PairDiscriminator(convolutions(c, channels, c.d_norm), c.latent)
+        self.E = nn.Sequential(nn.Flatten(), nn.Linear(channels * c.size ** 2, 500), nn.ReLU(),
+                               nn.Linear(500, 500), nn.ReLU(), nn.Linear(500, c.latent))     # D24
+
+    def step(self, x):
+        """Algorithm 1 of its paper on images x (B, C, S, S) in [-1, 1]. Returns its losses."""
+        m = self.machine
+        x = x.to(memory_format=torch.channels_last)
+        z = self.prior(len(x))
+        with m.autocast():
+            x_z = self.G(z)
+            rec = code_loss(z, self.E(x_z).float())
+            mean = self.E(x).detach().float()                   # F descends rec alone, line 9
+            from_z = self.D(z, self.noisy(x_z))
+            from_x = self.D(mean + torch.randn_like(mean), self.noisy(x))
+        d_adv = adversarial_loss_d("dcgan", from_z, from_x)     # label 1: the pair of z
+        g_adv = from_z.mean()                                   # log of a ratio of densities
+        m.descend_together((self.optimiser_d, d_adv), (self.optimiser_g, g_adv + rec),
+                           (self.optimiser_e, rec))
+        self.iteration += 1
+        return {"d_adv": d_adv.detach(), "g_adv": g_adv.detach(), "rec": rec.detach()}
+
+
+# ---- Figures -------------------------------------------------------------------------------------
 
 def figures_ivgan(model, folder, step, x):
     """Pictures of one evaluation: Figs. 1, 5 and 6, of test images x (100, C, S, S)."""
     noise = metrics.fixed_noise(100, model.config.latent)
-    metrics.save_grid(folder / f"samples/{step:06d}.png", model.decode(noise))      # Figs. 5, 6
+    samples = model.decode(model.from_normal(noise))
+    metrics.save_grid(folder / f"samples/{step:06d}.png", samples)                    # Figs. 5, 6
     metrics.save_grid(folder / "figures/real.png", x)                                 # Fig. 6, left
     if model.E is None:
         return
@@ -671,6 +870,7 @@ def figures_ivgan(model, folder, step, x):
 #         WAE-MMD's weight on CIFAR-10 is CelebA's, Fashion-MNIST's settings are MNIST's (silent).
 
 BRIDGED = ("ivaae-bw", "ivaae-rad", "ivaae-svgd")
+WITH_D = ("aae", *BRIDGED)
 
 
 @dataclasses.dataclass
@@ -678,38 +878,31 @@ class IVAAEConfig(Settings):
     """IVAAE's settings. The values are those of Sec. 4 "for all datasets and models", with CelebA's
     latent size and batch."""
 
-    model: str = setting("ivaae-rad", f"the system: {', '.join(BRIDGED)}, aae, wae-mmd, or one "
-                              "of Part I's")
+    model: str = setting("ivaae-rad", f"{', '.join(BRIDGED)}, aae, wae-mmd, or one of Part I's")
     dataset: str = setting("celeba", "a name (see data.py) or a folder of pictures")
     size: int = setting(64, "pixels", least=8, most=1024)
     network: str = setting("conv")                     # "fc": Table 3; "conv": Table 4
-    width: int = setting(128, "Table 3: hidden units; Table 4: channels of E's first layer",
-                              least=1)
+    width: int = setting(128, "hidden units, or channels of E's first layer (Table 4)", least=1)
     latent: int = setting(64, "d, the code's dimensions", least=2)
     batch: int = setting(100, "m, images per step and rank", least=2)
     epochs: float = setting(300., "training length", least=1e-9)
     t: int = setting(4, "bridge distributions", least=1, models=BRIDGED)
-    mu1: float = setting(4., "(t + 1) mu1, D's weight of L_IV", least=0,
-                              models=("aae", *BRIDGED))
-    mu2: float = setting(2., "(t + 1) mu2, E's weight of L_IV", least=0,
-                              models=("aae", *BRIDGED))
-    e_loss: str = setting("iv", "E's objective: iv, prior (D15)", choices=("iv", "prior"),
-                               models=("aae", *BRIDGED))
+    mu1: float = setting(4., "(t + 1) mu1, D's weight of L_IV", least=0, models=WITH_D)
+    mu2: float = setting(2., "(t + 1) mu2, E's weight of L_IV", least=0, models=WITH_D)
+    e_loss: str = setting("iv", "iv, prior: E's loss (D15)", choices=("iv", "prior"), models=WITH_D)
     lam: float = setting(1., "lambda, the weight of L_recon", least=0)
-    lam_mmd: float = setting(100., "the weight of the MMD (WAE's paper: 10 on MNIST, 100)",
-                                  least=0, models=("wae-mmd",))
+    lam_mmd: float = setting(100., "the MMD's weight (WAE's)", least=0, models=("wae-mmd",))
     lr: float = setting(1e-3, "Adam's rate for G", least=0)
     lr_e: float = setting(1e-3, "Adam's rate for E", least=0)
-    lr_d: float = setting(5e-4, "Adam's rate for D", least=0, models=("aae", *BRIDGED))
+    lr_d: float = setting(5e-4, "Adam's rate for D", least=0, models=WITH_D)
     decay: tuple = setting(((30, .5), (50, .1), (100, .01)))    # (epoch, factor of the rates)
-    samples: int = setting(20_000, "generated images a metric is computed from (Sec. 4)", least=10)
+    samples: int = setting(20_000, "generated images a metric is computed from (Sec. 4)", least=20)
 
     def check(self):
         """Raises UserError, in one sentence, for settings that cannot work."""
         super().check()
         if self.model in ("aae", "ivaae-bw") and self.latent % self.t:
-            raise UserError(f"--t {self.t} does not divide the latent dimension {self.latent} "
-                                 "into blocks")
+            raise UserError(f"--t {self.t} does not divide the latent dimension {self.latent}")
         if self.network == "conv" and self.size != 64:
             raise UserError(f"--size {self.size}: Table 4's networks are for 64 pixels")
 
@@ -735,7 +928,6 @@ def preset_ivaae(model, dataset):
 
 
 # ---- Interventions (Sec. 2 and 4) ----------------------------------------------------------------
-
 
 def prefix_substitute(z, step, t, noise):
     """T_k of "blockwise substitution" (Sec. 2), k = `step`: k of t equal blocks become noise's.
@@ -777,7 +969,7 @@ def median_bandwidth(z, scale=100.):
 def svgd_step(z, bandwidth, epsilon=1.):
     """Eq. (2), as printed: one Stein variational gradient step of z (n, d) towards N(0, I).
 
-    Forms n x n x d numbers; training takes `svgd_step_fast`. Returns (n, d), differentiable in z.
+    Exact where particles coincide. Forms n x n x d numbers. Returns (n, d), differentiable in z.
     """
     difference = z[:, None] - z[None, :]                        # (i, j, d): z_i - z_j
     k = torch.exp(-difference.square().sum(2) / bandwidth)      # (i, j): k(z_j, z_i)
@@ -790,8 +982,8 @@ def svgd_step(z, bandwidth, epsilon=1.):
 def svgd_step_fast(z, bandwidth, epsilon=1.):
     """`svgd_step` by matrix products with the kernel: nothing of size n x n x d is formed.
 
-    Differences are taken about the mean: where the particles nearly coincide, 2 / bandwidth would
-    blow up the rounding of anything larger.
+    Differences are taken about the mean, since 2 / bandwidth blows up the rounding of anything
+    larger. Where many particles coincide elsewhere, they still cancel: then take `svgd_step`.
     """
     mean = z.mean(0)
     c = z - mean
@@ -819,7 +1011,6 @@ def svgd_chain(z, t, every=2, noise=.1):
 
 
 # ---- Networks: Tables 3 and 4 --------------------------------------------------------------------
-
 
 def perceptron(n_in, hidden, depth, n_out):
     """A list of FC layers: `depth` of `hidden` units with ReLU, and a linear one to n_out."""
@@ -860,7 +1051,6 @@ def table4_networks(latent, channels, width, outputs):
 
 # ---- Losses --------------------------------------------------------------------------------------
 
-
 def bridge_loss(logits):
     """L_IV of Eq. (1): the mean over k and batch of -log D_k(z_k). logits (t + 1, B, t + 1).
 
@@ -884,7 +1074,6 @@ def squared_error(x_hat, x):
 
 
 # ---- Models --------------------------------------------------------------------------------------
-
 
 class AutoEncoder(nn.Module):
     """What IVAAE and WAE-MMD share: E, G, one Adam over both, and the verbs.
@@ -1017,7 +1206,6 @@ class WAE(AutoEncoder):
 
 # ---- Figures, and the experiments of Figures 2, 3 and 5 ------------------------------------------
 
-
 def figures_ivaae(model, folder, step, x, codes):
     """Pictures of one evaluation: Figs. 6 and 7, of test images x (100, C, S, S).
 
@@ -1109,7 +1297,7 @@ def probe_classifier(model, batches, test_set, steps, every=100):
 # a system (None: not in this file) and the published value of each column (None: blank).
 TABLES = {
     "2": dict(
-        title="IVGAN, Table 2: minimum of FID",
+        title="IVGAN, Table 2: minimum of FID", choose="min",
         columns=[("MNIST", "mnist", "fid"), ("CIFAR-10", "cifar10", "fid"),
                  ("LSUN church", "lsun-church", "fid"), ("STL-10", "stl10", "fid")],
         rows={"DCGAN": ("--model dcgan", 10.7, 51.2, 23.6, 44.0),
@@ -1122,15 +1310,13 @@ TABLES = {
     "3": dict(
         title="IVGAN, Table 3: stacked MNIST",
         columns=[("modes", "stacked-mnist", "modes"), ("KL", "stacked-mnist", "kl")],
-        rows={"DCGAN": ("--model dcgan", 78.9, 4.50),
-              "VEEGAN": (None, 150.0, 2.95),
-              "Unrolled GAN": (None, 48.7, 4.32),
-              "PacDCGAN": (None, 1000, .06),
-              "LSGAN": ("--model lsgan", 53, 3.88),
+        rows={"DCGAN": ("--model dcgan", 78.9, 4.50), "VEEGAN": ("--model veegan", 150.0, 2.95),
+              "Unrolled GAN": ("--model unrolled", 48.7, 4.32),
+              "PacDCGAN": ("--model pacdcgan", 1000, .06), "LSGAN": ("--model lsgan", 53, 3.88),
               "IVLSGAN": ("--model ivlsgan", 1000, .07),
               "IVDCGAN": ("--model ivdcgan", 1000, .08)}),
     "4": dict(
-        title="IVGAN, Table 4: minimum of FID of IVLSGAN on CIFAR-10, by mu and k",
+        title="IVGAN, Table 4: minimum of FID of IVLSGAN on CIFAR-10, by mu and k", choose="min",
         columns=[("FID", "cifar10", "fid")],
         rows={"mu = .5, k = 2": ("--k 2", 29.2), "mu = .5, k = 4": ("", 28.2),
               "mu = .5, k = 10": ("--k 10", 41.2), "mu = .5, k = 20": ("--k 20", 36.1),
@@ -1138,11 +1324,13 @@ TABLES = {
               "mu = .25, k = 4": ("--mu .25 --mu-e .5", 29.6),
               "mu = 1, k = 4": ("--mu 1 --mu-e 2", 39.7)}),
     "fig4": dict(
-        title="IVGAN, Fig. 4: FID by epoch",
+        title="IVGAN, Fig. 4: FID by epoch (curves in each run's figures/; here the minimum)",
+        choose="min",
         columns=[("CIFAR-10", "cifar10", "fid"), ("LSUN church", "lsun-church", "fid")],
-        rows={name.upper(): (f"--model {name}", None, None) for name in IVGAN_MODELS}),
+        rows={name.upper(): (f"--model {name}", None, None)
+              for name in ("dcgan", "lsgan", "wgan", "wgan-gp", *WITH_E)}),
     "ivaae-1": dict(
-        title="IVAAE, Table 1: minimum of FID",
+        title="IVAAE, Table 1: minimum of FID", choose="min",
         columns=[("MNIST", "mnist", "fid"), ("CelebA", "celeba", "fid"),
                  ("CIFAR-10", "cifar10", "fid")],
         rows={"WAE-MMD": ("--model wae-mmd", 67, 36, 87),
@@ -1151,7 +1339,7 @@ TABLES = {
               "IVAAE, radial": ("--model ivaae-rad", 50, 33, 80),
               "IVAAE, SVGD": ("--model ivaae-svgd", 49, None, None)}),
     "ivaae-2": dict(
-        title="IVAAE, Table 2: FLD at the best FID",
+        title="IVAAE, Table 2: FLD at the best FID", choose="best",
         columns=[("MNIST", "mnist", "fld"), ("CelebA", "celeba", "fld"),
                  ("CIFAR-10", "cifar10", "fld")],
         rows={"WAE-MMD": ("--model wae-mmd", .05, .34, 10.9),
@@ -1160,28 +1348,29 @@ TABLES = {
               "IVAAE, radial": ("--model ivaae-rad", .07, .18, 11.8),
               "IVAAE, SVGD": ("--model ivaae-svgd", 5.7, None, None)}),
     "ivaae-fig2": dict(
-        title="IVAAE, Fig. 2: the loss of D alone after 50 epochs",
+        title="IVAAE, Fig. 2: the loss of D alone after 50 epochs", probe="discriminator",
         columns=[("loss", "mnist", "loss")],
         rows={f"{model}, d = {d}": (f"--model {model} --latent {d} --epochs 50", None)
               for model in ("aae", "ivaae-bw") for d in (16, 32, 64)}),
     "ivaae-fig3": dict(
-        title="IVAAE, Fig. 3: the norm of E's gradient after 50 epochs",
+        title="IVAAE, Fig. 3: the norm of E's gradient after 50 epochs", probe="discriminator",
         columns=[("gradient", "mnist", "gradient")],
         rows={"AAE": ("--model aae --epochs 50", None),
               "IVAAE, blockwise": ("--model ivaae-bw --epochs 50", None)}),
     "ivaae-fig5": dict(
-        title="IVAAE, Fig. 5: error of a classifier on the frozen encoder",
+        title="IVAAE, Fig. 5: error of a classifier on the frozen encoder", probe="classifier",
         columns=[("error", "mnist", "error")],
-        rows={"AAE (WAE-GAN)": ("--model aae", None),
-              "IVAAE, radial": ("--model ivaae-rad", None),
+        rows={"AAE (WAE-GAN)": ("--model aae", None), "IVAAE, radial": ("--model ivaae-rad", None),
               "IVAAE, SVGD": ("--model ivaae-svgd", None)}),
 }
-def preset(model=None, dataset=None):
+
+
+def preset(model=None, dataset=None, network=None):
     """The settings of one system on one data set. Raises UserError for a system there is not."""
     model = model or "ivlsgan"
     dataset = dataset or "digits"
     if model in IVGAN_MODELS:
-        return preset_ivgan(model, dataset)
+        return preset_ivgan(model, dataset, network)
     if model in IVAAE_MODELS:
         return preset_ivaae(model, dataset)
     raise UserError(f"--model {model} is not one of {', '.join((*IVGAN_MODELS, *IVAAE_MODELS))}")
@@ -1192,11 +1381,8 @@ def build(config, machine=None, channels=3, steps=None, steps_per_epoch=None):
     if isinstance(config, IVAAEConfig):
         kind = WAE if config.model == "wae-mmd" else IVAAE
         return kind(config, machine, channels, steps_per_epoch)
-    kind = GAN
-    if config.model in IV:
-        kind = IVGAN
-    elif config.model == "mrgan":
-        kind = MRGAN
+    kinds = {"mrgan": MRGAN, "veegan": VEEGAN, "unrolled": UnrolledGAN, "pacdcgan": PacGAN}
+    kind = IVGAN if config.model in IV else kinds.get(config.model, GAN)
     return kind(config, machine, channels, steps)
 
 
@@ -1246,6 +1432,9 @@ def train(config, machine, folder, checkpoint=None):
     train_set, test_set = data.load_pair(config.dataset, config.root, config.size)
     if train_set.kind != "images":
         raise UserError(f"--dataset {config.dataset} holds points; ivgen.py needs images")
+    labelled = train_set                                        # of which the classifier learns
+    if getattr(config, "triples", None):
+        train_set = data.fixed_triples(train_set, test_set, config.triples)             # D22
     batches = data.Batches(train_set, config.batch, machine.device, config.size, config.seed,
                            run.rank, run.world)
     steps = config.steps or math.ceil(config.epochs * batches.steps_per_epoch)
@@ -1262,7 +1451,7 @@ def train(config, machine, folder, checkpoint=None):
         samples = config.samples or 10_000
         if weights and not config.samples:                      # Table 2's protocol
             samples = 60_000 if config.dataset in ("mnist", "fashion-mnist") else 50_000
-        evaluator = metrics.Evaluator(train_set, test_set, config.size, machine.device, config.root,
+        evaluator = metrics.Evaluator(labelled, test_set, config.size, machine.device, config.root,
                                       samples, weights)
     x_test, _ = next(data.ordered(test_set, 100, 100, "cpu", config.size))
     start = run.begin(model, batches, data.fingerprint(train_set), steps)
@@ -1300,10 +1489,10 @@ def train(config, machine, folder, checkpoint=None):
     return result
 
 
-def probe(config, machine, checkpoint, folder, which):
+def probe(config, machine, checkpoint, folder, which, steps=None):
     """`--probe`: one of IVAAE's experiments on a finished run; writes probe-NAME.jsonl and figures.
 
-    `--steps` iterations, else 1,000 (Figs. 2 and 3) or 3,000 (Fig. 5). Raises UserError where the
+    `steps` iterations, else 1,000 (Figs. 2 and 3) or 3,000 (Fig. 5). Raises UserError where the
     model has no discriminator, the data no labels.
     """
     if not isinstance(config, IVAAEConfig):
@@ -1321,9 +1510,9 @@ def probe(config, machine, checkpoint, folder, which):
     batch = config.batch if which == "discriminator" else min(60, len(train_set))
     batches = data.Batches(train_set, batch, machine.device, config.size, config.seed)
     if which == "discriminator":
-        lines = probe_discriminator(model, batches, config.steps or 1000)
+        lines = probe_discriminator(model, batches, steps or 1000)
     else:
-        lines = probe_classifier(model, batches, test_set, config.steps or 3000)
+        lines = probe_classifier(model, batches, test_set, steps or 3000)
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / f"probe-{which}.jsonl").write_text(text)
@@ -1341,7 +1530,9 @@ def main(argv=None):
         instead.add_argument("--probe", choices=("discriminator", "classifier"),
                              help="with --resume: IVAAE's Figs. 2 and 3, or 5; --steps long")
 
-    args, config, checkpoint = data.parse(argv, FILE, __doc__, preset, probes)
+    if data.asks_for_table(argv):
+        return data.run_table(argv, FILE, TABLES, main)
+    args, config, checkpoint = data.parse(argv, FILE, __doc__, preset, probes, TABLES)
     if args.probe and not checkpoint:
         raise UserError("--probe needs --resume RUN, a finished run")
     machine = Machine(*data.hardware(args.device, config.amp))
@@ -1353,7 +1544,7 @@ def main(argv=None):
         model = build(config, machine, channels, args.bench)
         print(json.dumps(metrics.benchmark(model, x * 2 - 1, args.bench, config.compile)))
     elif args.probe:
-        probe(config, machine, checkpoint, folder, args.probe)
+        probe(config, machine, checkpoint, folder, args.probe, args.steps)
     elif args.sample:
         model = build(config, machine, checkpoint["channels"])
         data.restore(checkpoint, model)

@@ -13,6 +13,8 @@ into codes, in a GAN between vectors, Eqs. (12) and (13). A sample is G(g(z)).
 
     python latentmap.py                             the Swiss roll (Figs. 4 and 5), offline
     python latentmap.py --model vae                 a baseline: vae, aae, alae, wae, introvae, age
+    python latentmap.py --model vae --authors       ... as LatentMap's authors' script has it (D8)
+    python latentmap.py --dataset swissroll3d       the roll in three dimensions, as they ran it
     python latentmap.py --dataset mnist             Fig. 6; also latentmap-nobn, latentmap-noreg
     python latentmap.py --dataset celeba            Tables 1 and 2: 64 x 64, 25 epochs
     python latentmap.py --dataset FOLDER            one's own pictures
@@ -24,6 +26,7 @@ the spiral and all over it, and reconstructions at an MSE of .0004; see README.m
 """
 
 import contextlib
+import copy
 import dataclasses
 import json
 import math
@@ -44,7 +47,8 @@ try:
 except ImportError as error:
     if __name__ != "__main__":
         raise
-    sys.exit(f"latentmap.py: put data.py and metrics.py beside it ({error})")
+    print(f"latentmap.py: put data.py and metrics.py beside it ({error})", file=sys.stderr)
+    sys.exit(2)
 
 FILE = "latentmap"
 
@@ -104,7 +108,7 @@ class Machine:
 # LatentMap
 #
 # Notation.  paper          here            shape
-#            x ~ p_r(x)     x               (B, C, S, S) in [-1, 1], or points (B, 2)
+#            x ~ p_r(x)     x               (B, C, S, S) in [-1, 1], or points (B, C)
 #            z = E(x)       E(x)            (B, dim)
 #            z^ = BN(z)     code            (B, dim), mean 0, variance 1 in each coordinate
 #            x^ = G(z^)     x_hat           like x
@@ -133,17 +137,20 @@ class Machine:
 #       d's steps share x, D's the codes; mu and z are drawn anew. x_1 is the batch reversed: since
 #       mu <= .5, x_mu lies nearer to x_2, the item in its own place.
 # D3  | BN to mean 0, variance 1    | scale, shift learnt   | neither                  | --model
-# D4  | prior: Gaussian             | sphere                | Gaussian                 | --prior
+# D4  | prior: Gaussian             | unit sphere           | Gaussian; or radius      | --prior
+#     |                             | (roll: Gaussian)      | sqrt(dim), of mean square 1
 # D5  | autoencoder, then map       | both in every step    | .8, then .2 of the steps | --joint
 #       The paper does not say how long (points: .6, .4). best.pt comes from the second phase.
 # D6  | "Mimicry's architectures"   | its SNGAN-64          | for G, d, E; g, D: MLPs  | --size
 #       E is d with BN, and a mean over positions. d's and D's last layers go without spectral norm,
 #       which would leave them too small a range. MLPs' sizes, 32 pixels and points are ours.
-# D7  | Swiss roll, 5,000 points    | in 3-D, noise .05     | a plane spiral           |
-#       Ours are its steps, rates, weights and batch, MNIST's 25 epochs, CIFAR-10's 32 pixels, and
-#       (Mimicry's) CelebA's 128 dimensions.
-# D8  | silent on the baselines     | others, all on sphere | see their classes        |
-#       They share E, G, optimiser, batch; constants are their own papers' where not marked "ours".
+# D7  | Swiss roll, 5,000 points    | in 3-D, noise .05     | a plane spiral           | --dataset
+#       Ours are the rolls' steps, rates, weights and batch (code, 3-D: all 5,000, for 75,000 steps
+#       at 2e-4), MNIST's 25 epochs, CIFAR-10's 32 pixels, and (Mimicry's) CelebA's 128 dimensions.
+# D8  | silent on the baselines     | see AUTHORS and what  | their own papers', where | --authors
+#     |                             | is named ..._authors  | not marked "ours"        |
+#       They share E, G, optimiser and batch. The switch is of vae, aae and introvae the scripts of
+#       LatentMap's authors, of age and alae their own authors' code. Networks stay, but for two Ds.
 # D9  | silent on running           | of all batches        | E's follow data only,    |
 #     | statistics                  |                       | G's the codes of data    |
 #       Blends and samples have other moments, which neither `encode` nor `decode` meets. G of ALAE
@@ -161,11 +168,17 @@ MODELS = {  # the systems, and what each changes of the settings; for their clas
     "latentmap-noreg": dict(omega1=0.0, omega2=0.0),  # Fig. 6, second row
     "vae": {}, "aae": {}, "wae": {}, "introvae": {}, "age": dict(prior="sphere"), "alae": {},
 }
+SCRIPT = dict(lr=2e-4, beta1=0.5, batch=64, prior="sphere")
+AUTHORS = {  # what --authors changes of the settings (D8); of points the prior stays (D4)
+    "vae": SCRIPT | dict(lr=5e-4), "aae": SCRIPT, "introvae": SCRIPT, "age": SCRIPT,
+    "alae": dict(beta2=0.99),
+}
 POINTS = dict(width=128, latent=2, batch=500, steps=6000, lr=5e-4, ae_share=0.6, map_d_steps=2,
               map_width=128, omega1=0.1, omega2=0.1, amp="off")  # ours (D7)
 DIGITS = dict(size=32, latent=256)  # ablation study: "256D"
 DIGIT_SETS = ("mnist", "fashion-mnist", "digits", "stacked-mnist", "stacked-digits")
 DATASETS = dict.fromkeys(POINT_SETS, POINTS) | dict.fromkeys(DIGIT_SETS, DIGITS) | {
+    "swissroll3d": POINTS | dict(width=400, lr=2e-3, steps=20_000),  # author code's width
     "digits": DIGITS | dict(width=16, latent=64, steps=3000),  # ours: minutes on two cores
     "cifar10": dict(size=32),
 }  # what a data set changes of the settings
@@ -184,6 +197,9 @@ class LatentMapConfig(Settings):
     epochs: float = setting(25.0, "length, where --steps is not given (CelebA)", least=1e-9)
     lr: float = setting(2e-4, "Adam's rate (author code)", least=0)
     beta1: float = setting(0.0)  # author code
+    beta2: float = setting(0.999)
+    authors: bool = setting(False, "the baseline as its authors or LatentMap's have it (D8): losses"
+                            ", and defaults of the other flags", models=tuple(AUTHORS))
     recon: str = setting("l2", "Eq. (10)'s first term: l2, or l1, the author code's (D1)",
                          choices=("l2", "l1"), models=(*LATENTMAPS, "aae"))
     prior: str = setting("gauss", "gauss, or sphere, the author code's (D4)",
@@ -206,6 +222,11 @@ class LatentMapConfig(Settings):
             return "points"
         return "digits" if self.dataset in DIGIT_SETS else "pictures"
 
+    @property
+    def networks(self):
+        """What ENCODERS and DECODERS go by: pixels, "points" or "swissroll3d"."""
+        return self.size or (self.dataset if self.dataset in ENCODERS else "points")
+
     def check(self):
         """Raises UserError, in one sentence, for settings that cannot work."""
         super().check()
@@ -225,14 +246,19 @@ class PointsConfig(LatentMapConfig):
     inception: str | None = setting(None)
 
 
-def preset(model=None, dataset=None):
-    """The paper's values, then what the data set changes, then what the model changes."""
+def preset(model=None, dataset=None, authors=False):
+    """The paper's values, then what the data set, the model and --authors change."""
     model = model or "latentmap"
     dataset = dataset or "swissroll"
     if model not in MODELS:
         raise UserError(f"--model {model} is not one of {', '.join(MODELS)}")
+    changes = DATASETS.get(dataset, {})
+    if authors and model in AUTHORS:
+        changes = changes | AUTHORS[model] | dict(authors=True)
+        if dataset in POINT_SETS:
+            changes |= dict(prior="gauss")
     config = PointsConfig if dataset in POINT_SETS else LatentMapConfig
-    return config(model=model, dataset=dataset, **(DATASETS.get(dataset, {}) | MODELS[model]))
+    return config(model=model, dataset=dataset, **(changes | MODELS[model]))
 
 
 # ---- Networks (D6) -------------------------------------------------------------------------------
@@ -313,13 +339,13 @@ class Critic(Network):
         return super().forward(x).mean(1)
 
 
-def mlp(n_in, hidden, n_out, norm=None, slope=0.0):
-    """The layers of a network (B, n_in) -> (B, n_out): four linear ones, (leaky) ReLU between.
+def mlp(n_in, hidden, n_out, norm=None, slope=0.0, depth=3):
+    """Layers (B, n_in) -> (B, n_out): `depth` linear ones, each with (leaky) ReLU, and a last one.
 
     norm: "batch", BN before each ReLU; "spectral", of all linear layers but the last.
     """
     layers = []
-    for n in (n_in, hidden, hidden):
+    for n in (n_in, *[hidden] * (depth - 1)):
         layer = nn.Linear(n, hidden)
         layers.append(spectral_norm(layer) if norm == "spectral" else layer)
         if norm == "batch":
@@ -374,8 +400,19 @@ def encoder_points(channels, n_out, width, spectral):
 def decoder_points(latent, channels, width):
     return mlp(latent, width, channels)
 
-ENCODERS = {64: encoder_64, 32: encoder_32, None: encoder_points}  # by `size`
-DECODERS = {64: decoder_64, 32: decoder_32, None: decoder_points}
+def encoder_roll(channels, n_out, width, spectral):
+    """Points (B, 3), author code; there is no d in it, so that is as of other points."""
+    if spectral:
+        return encoder_points(channels, n_out, width, spectral)
+    return mlp(channels, width, n_out, "batch", depth=1)
+
+def decoder_roll(latent, channels, width):
+    """Points (B, 3) in [-1, 1], author code."""
+    return [*mlp(latent, width, channels, "batch", depth=1), nn.Tanh()]
+
+# by `networks` of the settings
+ENCODERS = {64: encoder_64, 32: encoder_32, "points": encoder_points, "swissroll3d": encoder_roll}
+DECODERS = {64: decoder_64, 32: decoder_32, "points": decoder_points, "swissroll3d": decoder_roll}
 
 
 # ---- Losses: means over the batch, to be minimised -----------------------------------------------
@@ -421,6 +458,10 @@ def negative_elbo(x, x_hat, mu, log_var, beta):
     """-Eq. (2) up to a constant, for p(x|z) = N(G(z), I / beta); mu, log_var (B, dim)."""
     return (beta / 2 * squared_error(x, x_hat) + kl_normal(mu, log_var)).mean()
 
+def script_vae_loss(x, x_hat, mu, log_var, weight):
+    """LatentMap's authors' VAE: a mean squared error, plus the KL summed over the batch."""
+    return F.mse_loss(x_hat, x) + weight * kl_normal(mu, log_var).sum()
+
 def gan_loss_d(real, fake):
     """-log sigmoid(real) - log(1 - sigmoid(fake)) of logits (B,): AAE's and ALAE's D."""
     return F.softplus(-real).mean() + F.softplus(fake).mean()
@@ -440,6 +481,15 @@ def introvae_loss_e(kl_real, kl_rec, kl_gen, error, margin, alpha, beta):
 def introvae_loss_g(kl_rec, kl_gen, error, alpha, beta):
     """IntroVAE's Eq. (12), of the same (B,): G wants E to take what it makes for data."""
     return (alpha * (kl_rec + kl_gen) + beta * error).mean()
+
+def script_introvae_loss_e(kl_real, kl_rec, kl_gen, mse, margin, alpha):
+    """LatentMap's authors' IntroVAE, of the same KLs (B,): the margin is that of their means."""
+    made = F.relu(margin - kl_rec.mean()) + F.relu(margin - kl_gen.mean())
+    return 5 * mse + 0.001 * (kl_real.mean() + alpha * made)
+
+def script_introvae_loss_g(kl_rec, kl_gen, mse, alpha):
+    """LatentMap's authors' IntroVAE."""
+    return 5 * mse + 0.001 * alpha * (kl_rec.mean() + kl_gen.mean())
 
 def kl_fit(code):
     """AGE's Delta: KL(N(m, s^2) || N(0, I)) / dim, m and s^2 being those of codes (B, dim)."""
@@ -471,9 +521,9 @@ def reciprocity_loss(w, w_hat):
 # ---- Models --------------------------------------------------------------------------------------
 
 
-def project(z):
-    """(n, dim) -> the same directions, on the sphere of radius sqrt(dim)."""
-    return F.normalize(z, dim=1) * z.shape[1] ** 0.5
+def project(z, radius=None):
+    """(n, dim) -> the same directions, on the sphere of that radius, or of sqrt(dim)."""
+    return F.normalize(z, dim=1) * (radius or z.shape[1] ** 0.5)
 
 
 def logged(**losses):
@@ -490,19 +540,23 @@ class Autoencoder(nn.Module):
 
     map_from = 0  # the last step of the first phase, which only LatentMap has
     outputs = 1  # of E for each number of a code
-    rivals = False  # whether E and G play against one another, so have an optimiser each
+    rivals = False  # whether E and G have an optimiser each, and none in common
+    embeds = False  # whether codes lie on the sphere where the prior does, and of which radius
+    embeds_authors = True
+    radius = None  # sqrt(dim)
+    radius_authors = 1.0
 
     def __init__(self, config, machine=None, channels=None):
         super().__init__()
         c = config
         self.config = c
         self.machine = machine or Machine()
-        self.channels = channels or (3 if c.size else 2)
+        self.channels = channels or (2 if c.networks == "points" else 3)
         self.iteration = 0  # steps behind it
-        encoder = ENCODERS[c.size](self.channels, self.outputs * c.latent, c.width, spectral=False)
-        self.E = self.place(Network(*encoder))
-        self.G = self.place(Network(*DECODERS[c.size](c.latent, self.channels, c.width)))
-        if self.rivals:
+        shape = self.channels, self.outputs * c.latent, c.width
+        self.E = self.place(Network(*ENCODERS[c.networks](*shape, spectral=False)))
+        self.G = self.place(Network(*DECODERS[c.networks](c.latent, self.channels, c.width)))
+        if self.constant("rivals"):
             self.optimiser_e = self.adam(self.E)
             self.optimiser_g = self.adam(self.G)
         else:
@@ -513,12 +567,17 @@ class Autoencoder(nn.Module):
 
     def adam(self, *networks):
         parameters = [p for network in networks for p in network.parameters()]
-        return self.machine.adam(parameters, self.config.lr, (self.config.beta1, 0.999))
+        c = self.config
+        return self.machine.adam(parameters, c.lr, (c.beta1, c.beta2))
 
     def constant(self, name):
-        """A class's `lam`, say: for this data set or kind of data (`lam_points`), or for all."""
-        for_kind = getattr(self, f"{name}_{self.config.kind}", getattr(self, name))
-        return getattr(self, f"{name}_{self.config.dataset}", for_kind)
+        """A class's `lam`, say: `lam_authors` for --authors, `lam_points` for points; else `lam`.
+
+        A name may also end in a data set, which goes before its kind.
+        """
+        c = self.config
+        endings = ["_authors"] * c.authors + [f"_{c.dataset}", f"_{c.kind}", ""]
+        return next(getattr(self, name + end) for end in endings if hasattr(self, name + end))
 
     def begin(self, x):
         """Begins a step: counts it, and gives images the networks' memory format."""
@@ -531,13 +590,18 @@ class Autoencoder(nn.Module):
             z = torch.randn(n, self.config.latent, device=self.machine.device)
         else:
             z = metrics.fixed_noise(n, self.config.latent, seed).to(self.machine.device)
-        return project(z) if self.config.prior == "sphere" else z
+        return project(z, self.constant("radius")) if self.config.prior == "sphere" else z
 
     def to_code(self, z):
         return z
 
+    def embed(self, code):
+        """Codes (n, dim), of a system that `embeds` on the sphere if the prior is there."""
+        on_sphere = self.config.prior == "sphere" and self.constant("embeds")
+        return project(code, self.constant("radius")) if on_sphere else code
+
     def code(self, x):
-        return self.E(x)
+        return self.embed(self.E(x))
 
     def infer(self, function, x):
         with self.machine.inference(self):
@@ -584,7 +648,7 @@ class LatentMap(Autoencoder):
             self.map_from = 0
         self.regularised = c.omega1 > 0 or c.omega2 > 0
         if self.regularised:  # else nobody asks d
-            body = ENCODERS[c.size](self.channels, c.latent, c.width, spectral=True)
+            body = ENCODERS[c.networks](self.channels, c.latent, c.width, spectral=True)
             self.d = self.place(Critic(*body))
             self.optimiser_critic = self.adam(self.d)
         normalise = nn.BatchNorm1d(c.latent, affine=False) if c.normalise else nn.Identity()
@@ -669,11 +733,13 @@ class VAE(Autoencoder):
     """E gives mean and log variance of q(z|x), Eq. (2). It logs negative_elbo, kl, reconstruction.
 
     beta: p(x|z) has the variance 1 / beta; 2 makes its term the plain sum of squares (ours).
+    kl_weight: LatentMap's authors', which on 64 x 64 pixels is this loss at beta = .08.
     """
 
     outputs = 2
     beta = 2.0
     beta_points = 1000.0
+    kl_weight = 3.2e-5
 
     def posterior(self, x, made=False):
         """mu, log sigma^2 of q(z|x), (B, dim) each. made: x is G's, so E's statistics rest."""
@@ -682,10 +748,10 @@ class VAE(Autoencoder):
         return mu, log_var.clamp(-15, 10)  # its exponential stays a number
 
     def draw(self, mu, log_var):
-        return mu + (log_var / 2).exp() * torch.randn_like(mu)
+        return self.embed(mu + (log_var / 2).exp() * torch.randn_like(mu))
 
     def code(self, x):
-        return self.posterior(x)[0]
+        return self.embed(self.posterior(x)[0])
 
     def latents(self, x):
         return self.infer(lambda x: self.draw(*self.posterior(x)), x)
@@ -696,39 +762,60 @@ class VAE(Autoencoder):
         with self.machine.autocast():
             mu, log_var = self.posterior(x)
             x_hat = self.G(self.draw(mu, log_var))
-        loss = negative_elbo(x, x_hat, mu, log_var, self.constant("beta"))
+        if self.config.authors:
+            loss = script_vae_loss(x, x_hat, mu, log_var, self.kl_weight)
+        else:
+            loss = negative_elbo(x, x_hat, mu, log_var, self.constant("beta"))
         self.machine.descend(self.optimiser_eg, loss)
         return logged(negative_elbo=loss, kl=kl_normal(mu, log_var).mean(),
                       reconstruction=reconstruction_loss(x, x_hat))
 
 
 class AAE(Autoencoder):
-    """A discriminator of vectors matches the codes to the prior, 1:1:1 and in this order (ours).
+    """A discriminator of vectors matches the codes to the prior, in this order (ours).
 
-    It logs reconstruction (D1); discriminator, D's loss; encoder, E's loss against D.
+    E's second update is by the Adam of its first with --authors, else by one of its own. It logs
+    reconstruction (D1); discriminator, D's loss; encoder, E's loss against D.
     """
+
+    rivals_authors = True
+    norm = None  # of D
+    norm_authors = "spectral"
+    steps_of_d = 1
+    steps_of_d_authors = 5  # on one batch, as LatentMap's (D2)
+    weight = 1.0  # of E's loss against D
+    weight_authors = 0.1
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.D = self.place(judge(self.config.latent, self.config.map_width))
+        c = self.config
+        self.D = self.place(judge(c.latent, c.map_width, self.constant("norm")))
         self.optimiser_d = self.adam(self.D)
-        self.optimiser_e = self.adam(self.E)
+        if not c.authors:
+            self.optimiser_e = self.adam(self.E)
 
     def step(self, x):
         """One iteration on data x. Returns its losses as scalars."""
         x = self.begin(x)
+        authors = self.config.authors
         with self.machine.autocast():
-            x_hat = self.G(self.E(x))
+            x_hat = self.G(self.code(x))
         reconstruction = reconstruction_loss(x, x_hat, self.config.recon)
-        self.machine.descend(self.optimiser_eg, reconstruction)
+        if authors:
+            both = (self.optimiser_e, reconstruction), (self.optimiser_g, reconstruction)
+            self.machine.descend_together(*both)
+        else:
+            self.machine.descend(self.optimiser_eg, reconstruction)
         with self.machine.autocast():
-            code = self.E(x)
-            real, fake = self.D(torch.cat([self.prior(len(x)), code.detach()])).chunk(2)
-        loss_d = gan_loss_d(real, fake)
-        self.machine.descend(self.optimiser_d, loss_d)
+            code = self.code(x)
+        for _ in range(self.constant("steps_of_d")):
+            with self.machine.autocast():
+                real, fake = self.D(torch.cat([self.prior(len(x)), code.detach()])).chunk(2)
+            loss_d = hinge_loss_d(real, fake) if authors else gan_loss_d(real, fake)
+            self.machine.descend(self.optimiser_d, loss_d)
         with self.machine.autocast():
             fake = self.D(code)
-        loss_e = gan_loss_g(fake)
+        loss_e = self.constant("weight") * (hinge_loss_g if authors else gan_loss_g)(fake)
         self.machine.descend(self.optimiser_e, loss_e)
         return logged(reconstruction=reconstruction, discriminator=loss_d, encoder=loss_e)
 
@@ -767,13 +854,14 @@ class IntroVAE(VAE):
     alpha = 0.25
     margin = 25.0
     margin_points = 5.0
+    margin_authors = 100.0
 
     def step(self, x):
         """One iteration on data x. Returns its losses as scalars."""
         x = self.begin(x)
-        alpha = self.alpha
-        beta = self.constant("beta")
+        authors = self.config.authors
         margin = self.constant("margin")
+        beta = self.constant("beta")
         with self.machine.autocast():
             mu, log_var = self.posterior(x)
             z = self.draw(mu, log_var)
@@ -784,15 +872,23 @@ class IntroVAE(VAE):
             kl_rec = kl_normal(*self.posterior(x_rec.detach(), made=True))  # ng() of its Eq. (11)
             kl_gen = kl_normal(*self.posterior(x_gen, made=True))
         kl_real = kl_normal(mu, log_var)
-        error = squared_error(x, x_rec) / 2
-        loss_e = introvae_loss_e(kl_real, kl_rec, kl_gen, error, margin, alpha, beta)
+        kls = kl_real, kl_rec, kl_gen
+        if authors:
+            loss_e = script_introvae_loss_e(*kls, F.mse_loss(x_rec, x), margin, self.alpha)
+        else:
+            error = squared_error(x, x_rec) / 2
+            loss_e = introvae_loss_e(*kls, error, margin, self.alpha, beta)
         self.machine.descend(self.optimiser_e, loss_e)
         with self.machine.autocast():  # the same codes, for the E just moved
             x_rec = self.machine.without_running_stats(self.G, z.detach())
             x_gen = self.G(z_prior)
             kl_rec = kl_normal(*self.posterior(x_rec, made=True))
             kl_gen = kl_normal(*self.posterior(x_gen, made=True))
-        loss_g = introvae_loss_g(kl_rec, kl_gen, squared_error(x, x_rec) / 2, alpha, beta)
+        if authors:
+            loss_g = script_introvae_loss_g(kl_rec, kl_gen, F.mse_loss(x_rec, x), self.alpha)
+        else:
+            error = squared_error(x, x_rec) / 2
+            loss_g = introvae_loss_g(kl_rec, kl_gen, error, self.alpha, beta)
         self.machine.descend(self.optimiser_g, loss_g)
         return logged(encoder=loss_e, decoder=loss_g, kl_real=kl_real.mean(), kl_gen=kl_gen.mean(),
                       reconstruction=reconstruction_loss(x, x_rec))
@@ -807,14 +903,15 @@ class AGE(Autoencoder):
     """
 
     rivals = True
+    embeds = True
+    radius_authors = None
     mu = 5.0  # weight of |x - x^|, for E
     lam = 500.0  # weight of 1 - cos(z, E(G(z))), for G
     steps_of_g = 3  # CelebA
     steps_of_g_cifar10 = 2
 
     def code(self, x, made=False):
-        z = self.machine.without_running_stats(self.E, x) if made else self.E(x)
-        return project(z) if self.config.prior == "sphere" else z
+        return self.embed(self.machine.without_running_stats(self.E, x) if made else self.E(x))
 
     def step(self, x):
         """One iteration on data x. Returns its losses as scalars."""
@@ -840,8 +937,10 @@ class AGE(Autoencoder):
 class ALAE(Autoencoder):
     """F: z -> w, G: w -> x, E: x -> w, D: w -> logit: a GAN of G(F(z)) against D(E(x)).
 
-    Its third update holds F still and moves E and G (ours). It logs discriminator, the loss of E
-    and D, but for r1; generator, that of F and G; reciprocity, of E and G.
+    Its third update holds F still and moves E and G by an Adam of its own (ours, and LatentMap's
+    authors'); with --authors it moves F too, by the Adams of the game. Then D is linear, and what
+    `encode`, `decode` and `sample` use are running means of the weights. It logs discriminator,
+    the loss of E and D, but for r1; generator, that of F and G; reciprocity.
     """
 
     gamma = 10.0  # of R1
@@ -851,15 +950,37 @@ class ALAE(Autoencoder):
         c = self.config
         self.F = self.place(Network(*mlp(c.latent, c.map_width, c.latent, "batch")))
         self.D = self.place(judge(c.latent, c.map_width))
+        self.shown = {"E": self.E, "F": self.F, "G": self.G}
+        if c.authors:
+            d = [nn.Linear(c.latent, c.latent), nn.Linear(c.latent, c.latent)]
+            self.D = self.place(Network(*d, nn.Linear(c.latent, 1), nn.Flatten(0)))
+            self.shown = copy.deepcopy(nn.ModuleDict(self.shown)).requires_grad_(False)
+            del self.optimiser_eg  # the third update is by the other two
         self.optimiser_ed = self.adam(self.E, self.D)
         self.optimiser_fg = self.adam(self.F, self.G)
 
+    def code(self, x):
+        return self.shown["E"](x)
+
     def to_code(self, z):
-        return self.F(z)
+        return self.shown["F"](z)
+
+    def decode(self, z):
+        return self.infer(self.shown["G"], z)
+
+    def average(self):
+        """Running means of weights and statistics, with a half-life of 10,000 items."""
+        share = 1 - 0.5 ** (self.config.batch / 10_000)
+        for name, mean in self.shown.items():
+            now = getattr(self, name).state_dict()
+            for key, value in mean.state_dict().items():
+                if value.is_floating_point():
+                    value.lerp_(now[key], share)
 
     def step(self, x):
         """One iteration on data x. Returns its losses as scalars."""
         x = self.begin(x)
+        authors = self.config.authors
         with self.machine.autocast():
             with torch.no_grad():
                 made = self.G(self.F(self.prior(len(x))))
@@ -875,11 +996,16 @@ class ALAE(Autoencoder):
         loss_g = gan_loss_g(fake)
         self.machine.descend(self.optimiser_fg, loss_g)
         with self.machine.autocast():
-            with torch.no_grad():
+            with torch.set_grad_enabled(authors):
                 w = self.F(self.prior(len(x)))
             w_hat = self.machine.without_running_stats(self.E, self.G(w))
-        reciprocity = reciprocity_loss(w, w_hat)
-        self.machine.descend(self.optimiser_eg, reciprocity)
+        reciprocity = reciprocity_loss(w.detach(), w_hat)
+        if authors:
+            game = (self.optimiser_ed, reciprocity), (self.optimiser_fg, reciprocity)
+            self.machine.descend_together(*game)
+            self.average()
+        else:
+            self.machine.descend(self.optimiser_eg, reciprocity)
         return logged(discriminator=loss_d, r1=r1, generator=loss_g, reciprocity=reciprocity)
 
 
@@ -934,28 +1060,43 @@ def trustworthiness(x, code, k=12):
     return 1 - 2 * excess / (n * k * (2 * n - 3 * k - 1))
 
 def nearest_distances(a, b):
-    """Of each point of a (n, 2) the distance to the nearest of b (m, 2): (n,)."""
+    """Of each point of a (n, C) the distance to the nearest of b (m, C): (n,)."""
     exact = "donot_use_mm_for_euclid_dist"  # by products of matrices 0 would become some 1e-4
     parts = [torch.cdist(part, b, compute_mode=exact).min(1).values for part in a.split(1000)]
     return torch.cat(parts)
 
-def spiral(n=5000):
-    """data.py's Swiss roll without chance: n points (n, 2) equally spaced in t, 1.5 to 4.5 pi."""
+# data.py's two Swiss rolls without chance, t from 1.5 to 4.5 pi; `unit` is its ROLL_UNIT. The depth
+# of the sheet is the second of three coordinates.
+
+def spiral(n=5000, unit=4.5 * math.pi):
+    """n points (n, 2) of the curve, equally spaced in t."""
     t = torch.linspace(1.5 * math.pi, 4.5 * math.pi, n)
-    return torch.stack([t * t.cos(), t * t.sin()], 1) / (4.5 * math.pi)
+    return torch.stack([t * t.cos(), t * t.sin()], 1) / unit
 
-def arc_length(x):
-    """Points (n, 2) of that spiral -> their place along it (n,): ds^2 = (1 + t^2) dt^2, scaled."""
-    t = x.double().norm(dim=1) * 4.5 * math.pi
-    return (t * (1 + t * t).sqrt() + t.asinh()) / 2 / (4.5 * math.pi)
+def sheet(unit, along=250, across=40):
+    """Points (along * across, 3) of the sheet, equally spaced in t and in depth."""
+    curve = spiral(along, unit).repeat_interleave(across, 0)
+    depth = torch.linspace(-10.5, 10.5, across).repeat(along) / unit
+    return torch.stack([curve[:, 0], depth, curve[:, 1]], 1)
 
-def geometry(x, code, roll=False):
+def roll_distances(x, unit):
+    """Of points (n, 2) the distance to the curve, of points (n, 3) to the sheet: (n,)."""
+    beyond = (x[:, 1:-1].abs() - 10.5 / unit).clamp_min(0).sum(1)  # the sheet's edges
+    return torch.hypot(nearest_distances(x[:, [0, -1]], spiral(unit=unit)), beyond)
+
+def unrolled(x, unit):
+    """Points of a roll (n, C) -> (n, C - 1), flat: ds^2 = (1 + t^2) dt^2 along the curve; depth."""
+    t = x[:, [0, -1]].double().norm(dim=1, keepdim=True) * unit
+    arc = (t * (1 + t * t).sqrt() + t.asinh()) / 2 / unit
+    return torch.cat([arc, x[:, 1:-1]], 1)
+
+def geometry(x, code, unit=None):
     """rank_corr: rank correlation of the distances of data (n, ...) and of codes (n, dim); trust:
-    trustworthiness; of the Swiss roll also rank_corr_arc, by the distances along it."""
+    trustworthiness; of a Swiss roll also rank_corr_arc, by the distances along it."""
     between = pairwise(code)
     result = {"rank_corr": spearman(pairwise(x), between), "trust": trustworthiness(x, code)}
-    if roll:
-        result["rank_corr_arc"] = spearman(pairwise(arc_length(x)[:, None]), between)
+    if unit:
+        result["rank_corr_arc"] = spearman(pairwise(unrolled(x, unit)), between)
     return result
 
 
@@ -963,39 +1104,41 @@ def geometry(x, code, roll=False):
 
 
 def dots(points, reach, labels=None, classes=1):
-    """A scatter plot; points without labels are of one colour."""
+    """A scatter plot of points (n, 2) or (n, 3); without labels they are of one colour."""
     if labels is None:
         labels = torch.zeros(len(points), dtype=torch.long)
-    return metrics.scatter(points, labels, max(classes, 1), reach)
+    return metrics.scatter(data.oblique(points), labels, max(classes, 1), reach)
 
 
-def code_panels(code, made, labels, classes):
-    """Figs. 3 and 5: {title: picture} of codes (n, dim) by label, and of generated ones (m, dim).
+def draw_codes(path, code, made, z, labels, classes):
+    """Figs. 3 and 5: codes (n, dim) by label, generated ones (m, dim), draws z of a plane prior.
 
-    Of more than two dimensions, the codes' first two principal components are shown. {} for a code
-    of one dimension, and for one that is not finite: of these the metrics will say it.
+    Of more than two dimensions, the codes' first two principal components are shown. Nothing for a
+    code of one dimension, and for one that is not finite: of these the metrics will say it.
     """
+    panels = {"prior": dots(z, reach=4)} if z.shape[1] == 2 else {}
     code = code.cpu().double()
     made = made.cpu().double()
     if code.shape[1] < 2 or not code.isfinite().all():
-        return {}
+        return
     if code.shape[1] > 2:
         axes = torch.linalg.eigh(torch.cov(code.T)).eigenvectors[:, -2:].flip(1)  # (dim, 2)
         mean = code.mean(0)
         code = (code - mean) @ axes
         made = (made - mean) @ axes
     reach = 1.2 * max(code.abs().max().item(), 1e-3)
-    return {"codes of the data": dots(code, reach, labels, classes),
-            "codes made from the prior": dots(made, reach)}
+    panels["codes of the data"] = dots(code, reach, labels, classes)
+    panels["codes made from the prior"] = dots(made, reach)
+    metrics.save_panels(path, panels)
 
 
 def figures_of_points(model, folder, step, x, labels, classes):
-    """Figs. 4 and 5, x (n, 2): data, reconstructions, samples; prior, codes, generated codes."""
+    """Figs. 4 and 5, x (n, C): data, reconstructions, samples; prior, codes, generated codes."""
     z = model.prior(len(x), seed=0)
     code = model.encode(x)
     made = model.generated_codes(z)
     points = model.decode(made).cpu()
-    reach = 1.2 * x.abs().max().item()
+    reach = 1.2 * data.oblique(x).abs().max().item()
     nearest = torch.cat([torch.cdist(part, x).argmin(1) for part in points.split(1000)])
     panels = {"data": dots(x, reach, labels, classes),
               "reconstructions": dots(model.decode(code), reach, labels, classes),
@@ -1003,11 +1146,7 @@ def figures_of_points(model, folder, step, x, labels, classes):
     torchvision.utils.save_image(panels["samples"], folder / f"samples/{step:06d}.png")
     torchvision.utils.save_image(panels["reconstructions"], folder / f"recon/{step:06d}.png")
     metrics.save_panels(folder / f"figures/panels-{step:06d}.png", panels)
-    panels = code_panels(code, made, labels, classes)
-    if model.config.latent == 2:
-        panels = {"prior": dots(z, reach=4)} | panels
-    if panels:
-        metrics.save_panels(folder / f"figures/codes-{step:06d}.png", panels)
+    draw_codes(folder / f"figures/codes-{step:06d}.png", code, made, z, labels, classes)
 
 
 def figures_of_images(model, folder, step, x, labels, classes):
@@ -1026,9 +1165,7 @@ def figures_of_images(model, folder, step, x, labels, classes):
         lines = (1 - ramp) * code[:10, None] + ramp * code[10:20, None]  # (10, 10, dim)
         decoded = model.decode(lines.flatten(0, 1))
         metrics.save_grid(folder / f"figures/interpolations-{step:06d}.png", decoded)
-    panels = code_panels(code, made, labels, classes)
-    if panels:
-        metrics.save_panels(folder / f"figures/codes-{step:06d}.png", panels)
+    draw_codes(folder / f"figures/codes-{step:06d}.png", code, made, z, labels, classes)
 
 
 # ==================================================================================================
@@ -1041,34 +1178,44 @@ ROLL = {"generated: Chamfer": "chamfer", "off the manifold": "gen_dist", "covera
 ABLATION = {"fcd": "fcd", "inception score": "is", "confident": "confident",
             "reconstruction MSE": "mse", "latent Fréchet distance": "latent_fd",
             "rank correlation": "rank_corr"}
+
+
+def table(title, columns, rows):
+    """rows: {name: [model, what the paper prints, ...]}, of some figures no number.
+
+    After each system that has --authors comes a row of that, which repeats no published number.
+    """
+    none = [None] * len(columns)
+    flags = {}
+    for name, (model, *published) in rows.items():
+        flags[name] = (f"--model {model}", *(published or none))
+        if model in AUTHORS:
+            flags[f"{name} (--authors)"] = (f"--model {model} --authors", *none)
+    return dict(title=title, columns=columns, rows=flags)
+
+
+PUBLISHED = {  # Table 2, and Table 1 but for LatentMap's FID: CIFAR-10's FID, MSE; CelebA's
+    "VAE": (189, 0.0626, 80, 0.0383), "AAE": (120, 0.0245, 101, 0.0255),
+    "WAE": (173, 0.0607, 115, 0.0626), "IntroVAE": (133, 0.0492, 120, 0.0562),
+    "AGE": (271, 0.0608, 116, 0.0889), "LatentMap": (None, None, 63, 0.0165),
+}
+CIFAR10 = [("FID CIFAR-10", "cifar10", "fid"), ("MSE CIFAR-10", "cifar10", "mse_pm1")]  # D10
+CELEBA = [("FID CelebA", "celeba", "fid"), ("MSE CelebA", "celeba", "mse_pm1")]
+ON_ROLL = {name: [name.lower()] for name in ("LatentMap", "VAE", "AAE", "ALAE")}
 TABLES = {
-    "1": dict(
-        title="LatentMap, Table 1: CelebA",
-        columns=[("FID", "celeba", "fid"), ("MSE", "celeba", "mse_pm1")],  # D10
-        rows={"VAE": ("--model vae", 80, 0.0383), "AAE": ("--model aae", 101, 0.0255),
-              "WAE": ("--model wae", 115, 0.0626), "IntroVAE": ("--model introvae", 120, 0.0562),
-              "AGE": ("--model age", 116, 0.0889), "LatentMap": ("--model latentmap", 62, 0.0165)}),
-    "2": dict(
-        title="LatentMap, Table 2: CIFAR-10 and CelebA",
-        columns=[("FID CIFAR-10", "cifar10", "fid"), ("FID CelebA", "celeba", "fid"),
-                 ("MSE CIFAR-10", "cifar10", "mse_pm1"), ("MSE CelebA", "celeba", "mse_pm1")],
-        rows={"VAE": ("--model vae", 189, 80, 0.0626, 0.0383),
-              "AAE": ("--model aae", 120, 101, 0.0245, 0.0255),
-              "WAE": ("--model wae", 173, 115, 0.0607, 0.0626),
-              "IntroVAE": ("--model introvae", 133, 120, 0.0492, 0.0562),
-              "AGE": ("--model age", 271, 116, 0.0608, 0.0889),
-              "LatentMap": ("--model latentmap", None, 63, None, 0.0165)}),
-    "fig4": dict(
-        title="LatentMap, Figs. 4 and 5: the Swiss roll",
-        columns=[(heading, "swissroll", metric) for heading, metric in ROLL.items()],
-        rows={name: (f"--model {name.lower()}", *[None] * len(ROLL))
-              for name in ("LatentMap", "VAE", "AAE", "ALAE")}),
-    "fig6": dict(
-        title="LatentMap, Fig. 6: ablation on MNIST",
-        columns=[(heading, "mnist", metric) for heading, metric in ABLATION.items()],
-        rows={name: (f"--model {model}", *[None] * len(ABLATION)) for name, model in
-              (("without BN", "latentmap-nobn"), ("with BN", "latentmap-noreg"),
-               ("BN and regulariser", "latentmap"))}),
+    "1": table("LatentMap, Table 1: CelebA", CELEBA,
+               {name: [name.lower(), *row[2:]] for name, row in PUBLISHED.items()}
+               | {"LatentMap": ["latentmap", 62, PUBLISHED["LatentMap"][3]]}),
+    "2": table("LatentMap, Table 2: CIFAR-10 and CelebA", CIFAR10 + CELEBA,
+               {name: [name.lower(), *row] for name, row in PUBLISHED.items()}),
+    "fig4": table("LatentMap, Figs. 4 and 5: the Swiss roll",
+                  [(name, "swissroll", key) for name, key in ROLL.items()], ON_ROLL),
+    "fig4-3d": table("LatentMap, Figs. 4 and 5: the Swiss roll in three dimensions",
+                     [(name, "swissroll3d", key) for name, key in ROLL.items()], ON_ROLL),
+    "fig6": table("LatentMap, Fig. 6: ablation on MNIST",
+                  [(name, "mnist", key) for name, key in ABLATION.items()],
+                  {"without BN": ["latentmap-nobn"], "with BN": ["latentmap-noreg"],
+                   "BN and regulariser": ["latentmap"]}),
 }
 
 
@@ -1079,34 +1226,45 @@ NEAR = 0.05  # a ninth of the gap between two turns of the roll
 
 
 class PointMetrics:
-    """What metrics.Evaluator is for images, for points: how far all lies from the manifold."""
+    """What metrics.Evaluator is for images, for points: how far all lies from the manifold.
+
+    gen_dist, rec_dist: mean distance of samples, reconstructions to it; gen_gap: of it to samples;
+    chamfer: gen_dist + gen_gap; coverage, rec_coverage: share of it with a sample, reconstruction
+    within NEAR; mse: of the test points.
+    """
 
     def __init__(self, test_set, samples):
         self.test = test_set
         self.samples = samples
-        self.roll = test_set.name == "swissroll"
-        self.manifold = spiral() if self.roll else test_set.x[:5000]
+        self.unit = data.ROLL_UNIT.get(test_set.name)
+        self.manifold = test_set.x[:5000]
+        self.what = "the test points"
+        if self.unit:
+            flat = test_set.channels == 2
+            self.manifold = spiral(unit=self.unit) if flat else sheet(self.unit)
+            self.what = "the roll's curve" if flat else "the roll's sheet"
+
+    def off(self, x):
+        """The mean distance of points x to the manifold."""
+        every = roll_distances(x, self.unit) if self.unit else nearest_distances(x, self.manifold)
+        return every.mean()
 
     def __call__(self, model):
-        """gen_dist, rec_dist: mean distance of samples, reconstructions to the manifold; gen_gap:
-        of the manifold to samples; chamfer: gen_dist + gen_gap; coverage, rec_coverage: share of
-        the manifold with a sample, reconstruction within NEAR; mse: of the test points."""
         points = model.decode(model.generated_codes(model.prior(self.samples, seed=1))).cpu()
         x_hat = model.reconstruct(self.test.x).cpu()
-        there = nearest_distances(points, self.manifold).mean()
+        there = self.off(points)
         back = nearest_distances(self.manifold, points)
         rec_back = nearest_distances(self.manifold, x_hat)
-        what = "the roll's curve" if self.roll else "the test points"
         return {
             "chamfer": (there + back.mean()).item(),
             "gen_dist": there.item(),
             "gen_gap": back.mean().item(),
             "coverage": (back <= NEAR).double().mean().item(),
-            "rec_dist": nearest_distances(x_hat, self.manifold).mean().item(),
+            "rec_dist": self.off(x_hat).item(),
             "rec_coverage": (rec_back <= NEAR).double().mean().item(),
             "mse": metrics.reconstruction_mse(self.test.x, x_hat),
             "protocol": f"distances between {self.samples} samples and {len(self.manifold)} points "
-                        f"of {what}, coverage within {NEAR}; mse, rec: {len(x_hat)} "
+                        f"of {self.what}, coverage within {NEAR}; mse, rec: {len(x_hat)} "
                         f"{self.test.split} points, in the data's units"}
 
 
@@ -1135,7 +1293,8 @@ def code_metrics(model, x, few=1000):
     protocol = f"latent_fd: {len(x)} codes vs {len(x)} generated"
     few = min(few, len(x))
     if few > 24:  # else twelve neighbours are half of all
-        result |= geometry(x[:few].cpu(), code[:few], model.config.dataset == "swissroll")
+        unit = data.ROLL_UNIT.get(model.config.dataset)
+        result |= geometry(x[:few].cpu(), code[:few], unit)
         protocol += f"; rank_corr, trust (k = 12): {few} items"
     return result, protocol
 
@@ -1235,7 +1394,9 @@ def train(config, machine, folder, checkpoint=None):
 
 def main(argv=None):
     """The command line; returns the exit code. Raises UserError for what the user can mend."""
-    args, config, checkpoint = data.parse(argv, FILE, __doc__, preset)
+    if data.asks_for_table(argv):
+        return data.run_table(argv, FILE, TABLES, main)
+    args, config, checkpoint = data.parse(argv, FILE, __doc__, preset, tables=TABLES)
     machine = Machine(*data.hardware(args.device, config.amp))
     torch.manual_seed(config.seed)
     dataset = pathlib.Path(config.dataset).name
@@ -1244,10 +1405,7 @@ def main(argv=None):
         model = build(config, machine, 1 if config.dataset in DIGIT_SETS[:3] else None)
         pixels = [config.size] * 2 if config.size else []
         x = torch.rand(config.batch, model.channels, *pixels, device=machine.device) * 2 - 1
-        about = {"model": config.model, "size": config.size, "width": config.width,
-                 "device": str(machine.device), "precision": machine.amp,
-                 "compiled": config.compile}
-        print(json.dumps(about | metrics.benchmark(model, x, args.bench, config.compile)))
+        print(json.dumps(metrics.benchmark(model, x, args.bench, config.compile)))
     elif args.sample:
         model = build(config, machine, checkpoint["channels"])
         data.restore(checkpoint, model)

@@ -14,13 +14,16 @@ Where pytorch-fid, torch-fidelity, torchmetrics and clean-fid agree, this file a
 rounding. Where they differ, the network's input follows pytorch-fid (or, as `tf`, the original and
 torch-fidelity), and the inception score torch-fidelity: logits without bias, in random order.
 
-FID is biased upwards for few samples, so numbers of different N do not compare. Two sets of one
-distribution had 25.0 at N = 500, 16.1 at 1,000, 9.1 at 2,000 and 3.6 at 5,000 (2048 dimensions).
+FID is biased upwards for few samples: two sets of one distribution had 25.0 at N = 500, 16.1 at
+1,000, 9.1 at 2,000 and 3.6 at 5,000. So numbers of different N do not compare.
 
     python metrics.py cifar10:test samples/                 FID of a folder against a data set
     python metrics.py real/ fake/ --fid --kid --is --pr     everything; --json for a line of JSON
     python metrics.py stats real/ real.pt                   its statistics, to be given as A or B
     python metrics.py mnist:test samples/ --fcd             needs no downloaded weights
+
+A and B: a folder or data set, also as FOLDER:test; statistics, .pt of `stats`, or .npz with mu and
+sigma as pytorch-fid writes them; uint8 pictures as one array, .npy, or arr_0 in a .npz.
 """
 
 import colorsys
@@ -28,11 +31,10 @@ import hashlib
 import itertools
 import json
 import math
-import resource
+import os
 import sys
 import time
-from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, OrderedDict
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,11 +47,14 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+with suppress(ImportError):  # Windows has none
+    import resource
 try:
     from data import (  # noqa: I001
-        SUFFIXES, NotFinite, Parser, UserError, cache_dir, compile_networks, find_pictures,
-        fingerprint, hardware, load, multiplies_bf16, ordered, read_saved, run_command,
-        save_atomic, to_float, to_uint8)
+        SUFFIXES, Dataset, NotFinite, Parser, UserError, cache_dir, compile_networks, find_pictures,
+        fingerprint, first_line, fits, hardware, load, multiplies_bf16, oblique, ordered,
+        read_pictures, read_saved, run_command, save_atomic, say_passed, to_float, to_uint8,
+        whole_name)
 except ImportError as error:
     if __name__ != "__main__":
         raise
@@ -66,13 +71,14 @@ INCEPTION_RATE = 10  # images a second through that network on two cores, about
 REFERENCE = 10_000  # at most so many real test images are an Evaluator's reference
 # fid against training images: MNIST's published one is, and LSUN has only 300 others.
 FID_ON_TRAIN = {"mnist": 60_000, "fashion-mnist": 60_000, "lsun-church": 50_000}
+LEAST = {"is": 20, "kid": 2, "pr": 4}  # pictures: two in each split, two, more than k
 SEED = 2020  # of everything drawn here: it never changes, so evaluations compare
 
 
 # ---------------------------------------------------------- features: the Inception network of 2015
 # It differs from torchvision's inception_v3: 1008 outputs, no auxiliary head, average pools that do
 # not count the padding, and a max pool in the last block (a slip of the original graph, which every
-# FID since has inherited). Parameters are named as in the published checkpoint.
+# FID since has inherited). Its names are those of the published checkpoint.
 
 HALVE = nn.MaxPool2d(3, 2)
 NEIGHBOURS_MEAN = nn.AvgPool2d(3, 1, 1, count_include_pad=False)  # of 6 at an edge, 4 in a corner
@@ -221,10 +227,7 @@ def inception_state(weights):
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if not digest.startswith(INCEPTION_SHA256):
         raise UserError(f"{path} is not the 2015 Inception network ({digest[:8]}...): {BY_HAND}")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(f"{path} is not a file of tensors: {BY_HAND}") from error
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load_inception(weights="auto"):
@@ -236,12 +239,7 @@ def load_inception(weights="auto"):
     state = {k: v for k, v in inception_state(weights).items() if "num_batches" not in k}
     with torch.device("meta"):  # initial weights would take time and the caller's random numbers
         net = Inception()
-    expected = {k: v.shape for k, v in net.state_dict().items()}
-    found = {k: v.shape for k, v in state.items()}
-    wrong = sorted(k for k in expected | found if expected.get(k) != found.get(k))
-    if wrong:
-        raise UserError(f"the Inception weights do not fit, first at {wrong[0]}: {BY_HAND}")
-    # The names are checked above; strict, batch norm's loader would miss its counters.
+    # The file is known by its hash. Strict, batch norm's loader would miss its counters.
     net.load_state_dict(state, strict=False, assign=True)
     for module in net.modules():
         if isinstance(module, Unit):
@@ -341,8 +339,8 @@ class InceptionFeatures:
         self.device = torch.device(device)
         self.flavour = flavour
         self.amp = "bf16" if amp == "bf16" else None
-        precision = ", bf16" if self.amp else ""
-        self.name = f"2015 Inception features (d=2048, {flavour} flavour{precision})"
+        amp = ", bf16" if self.amp else ""
+        self.name = f"2015 Inception features (d=2048, {flavour} flavour{amp})"
         self.key = {"features": "inception", "sha256": INCEPTION_SHA256, "flavour": flavour,
                     "amp": self.amp}
 
@@ -367,6 +365,14 @@ def as_tensor(x):
     return torch.as_tensor(x, dtype=None if hasattr(x, "dtype") else torch.float64)
 
 
+def finite(x, what):
+    """x itself. NotFinite for NaN, infinity, and numbers beyond 1e75: their squares overflow."""
+    least, most = x.detach().aminmax()  # one pass, and no mask as large as x
+    if not max(-least, most) < 1e75:
+        raise NotFinite(f"{what} must be finite, but some are NaN or infinite")
+    return x
+
+
 def as_features(f, least=1):
     """f as a tensor (N, d) of at least `least` rows, otherwise ValueError. NotFinite for NaN."""
     f = as_tensor(f).detach()
@@ -374,9 +380,7 @@ def as_features(f, least=1):
         raise ValueError(f"features must have the shape (N, d), not {tuple(f.shape)}")
     if len(f) < least:
         raise ValueError(f"needs at least {least} rows of features, got {len(f)}")
-    if not torch.isfinite(f.sum(dtype=torch.float64)):  # one pass, and no mask as large as f
-        raise NotFinite("features must be finite, but some are NaN or infinite")
-    return f
+    return finite(f, "features")
 
 
 def as_pair(f1, f2, least):
@@ -429,15 +433,19 @@ class Moments:
         return {"n": self.n, "mean": self.mean.cpu().clone(), "scatter": self.scatter.cpu().clone()}
 
     @classmethod
-    def of(cls, state):
-        """From state(), or from the features (N, d) themselves."""
+    def of(cls, state, dim=None):
+        """From features (N, d), or a state() out of any file; ValueError for none of `dim`."""
         if not isinstance(state, dict):
-            features = as_features(state)
-            return cls(features.shape[1]).update(features)
+            return cls(as_features(state).shape[1]).update(state)
+        if not fits(state, {"n": int, "mean": Tensor, "scatter": Tensor}):
+            raise ValueError("it lacks a count, a mean or a covariance")
         moments = cls(0)
         moments.n = state["n"]
-        moments.mean = state["mean"].clone()
-        moments.scatter = state["scatter"].clone()
+        moments.mean = state["mean"].double().clone()
+        moments.scatter = state["scatter"].double().clone()
+        if dim not in (None, moments.mean.numel()):
+            raise ValueError(f"it has {moments.mean.numel()} dimensions, not {dim}")
+        moments.distance(moments)  # checks count, shapes, symmetry, eigenvalues, that all is finite
         return moments
 
     def distance(self, other):
@@ -488,19 +496,19 @@ def digest_of(key):
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def cached(folder, kind, key, build):
-    """The dict build() returns, kept in `folder` under `key` (a dict); rebuilt if damaged."""
+def cached(folder, kind, key, build, use):
+    """use(build()), a dict that is kept in `folder` under `key`; built anew where use() raises."""
     text = json.dumps(key, sort_keys=True)
     path = Path(folder) / f"{kind}-{digest_of(key)}.pt"
     with suppress(Exception):  # absent, cut short, another format, code in it: all are built anew
         saved = read_saved(path)
         if saved["key"] == text:
-            return saved
+            return use(saved)
     if path.exists():
         print(f"{path} is damaged or out of date: rebuilding it", file=sys.stderr)
     saved = {"key": text, **build()}
     save_atomic(saved, path)
-    return saved
+    return use(saved)
 
 
 def real_images(dataset, n, batch, device, size=None):
@@ -516,15 +524,15 @@ def real_statistics(dataset, n, size, extract, root="data", batch=250, label=Non
 
     def build():
         images = real_images(dataset, n, batch, extract.device, size)
-        scored = extract.metric == "fcd" and n >= 10
+        scored = extract.metric == "fcd" and n >= LEAST["is"]
         got = collect(images, [extract], n, ["logits"] * scored, label)[extract.metric]
         score = inception_score(got["logits"].double().softmax(1))[0] if scored else None
         return {**got["moments"].state(), "is": score}
 
     key = {"dataset": dataset.name, "split": dataset.split, "content": fingerprint(dataset),
            "n": n, "size": size}
-    saved = cached(cache_dir(root), "stats", {**key, **extract.key}, build)
-    return {**saved, "moments": Moments.of(saved)}
+    return cached(cache_dir(root), "stats", {**key, **extract.key}, build, lambda saved: {
+        "moments": Moments.of(saved, extract.dim), "is": saved["is"] and float(saved["is"])})
 
 
 # ---------------------------------------------------------------------------------------- distances
@@ -533,16 +541,15 @@ def frechet_distance(mu1, cov1, mu2, cov2):
     """Squared Frechet distance of Gaussians, |mu1-mu2|^2 + Tr(cov1 + cov2 - 2(cov1 cov2)^(1/2)).
 
     Means (d,), covariances (d, d), positive semidefinite of any rank; plain numbers for d = 1. In
-    float64, never negative, 0.0 for equal inputs. ValueError for mismatched dimensions, values that
-    are not finite, negative eigenvalues. Source: Dowson and Landau 1982; Heusel et al. 2017.
+    float64, never negative, 0.0 for equal inputs. ValueError for mismatched dimensions, NotFinite,
+    asymmetry, negative eigenvalues. Source: Dowson and Landau 1982; Heusel et al. 2017.
     """
     mu1, mu2 = (torch.atleast_1d(as_tensor(mu).detach().double()) for mu in (mu1, mu2))
     cov1, cov2 = (torch.atleast_2d(as_tensor(cov).detach().double()) for cov in (cov1, cov2))
     d = mu1.numel()
     if mu1.shape != (d,) or mu2.shape != (d,) or cov1.shape != (d, d) or cov2.shape != (d, d):
         raise ValueError("means must be (d,) and covariances (d, d), with one d for all")
-    if not all(torch.isfinite(t).all() for t in (mu1, cov1, mu2, cov2)):
-        raise NotFinite("means and covariances must be finite, but some are NaN or infinite")
+    finite(torch.cat([mu1[None], mu2[None], cov1, cov2]), "means and covariances")
     if torch.equal(mu1, mu2) and torch.equal(cov1, cov2):
         check_semidefinite(cov1)
         return 0.0  # exactly: rounding would leave some 1e-10
@@ -552,7 +559,9 @@ def frechet_distance(mu1, cov1, mu2, cov2):
 
 
 def check_semidefinite(cov):
-    """ValueError for negative eigenvalues, of more than a thousandth of its scale: not rounding."""
+    """ValueError for asymmetry and for negative eigenvalues beyond rounding, 1e-3 of its scale."""
+    if ((cov - cov.T).abs() > 1e-3 * cov.abs().max()).any():
+        raise ValueError("covariances must be symmetric")
     shifted = cov.clone()
     shifted.diagonal().add_(1e-3 * cov.diagonal().abs().max())
     if torch.linalg.cholesky_ex(shifted).info and cov.any():
@@ -636,7 +645,7 @@ def kernel_distance(f1, f2, subsets=100, size=1000, seed=2020):
     """KID: unbiased squared MMD with the kernel (x.y/d + 1)^3, as (mean, std) over random subsets.
 
     Features (N, d); subsets of `size` rows, else ValueError. Unbiased, so it can be negative. The
-    std has ddof 0. Source: Binkowski et al. 2018, arXiv:1801.01401.
+    std has ddof 0; None where no two subsets differ. Source: Binkowski et al. 2018, 1801.01401.
     """
     f1, f2 = as_pair(f1, f2, 2)
     if size < 2 or subsets < 1 or min(len(f1), len(f2)) < size:
@@ -657,7 +666,8 @@ def kernel_distance(f1, f2, subsets=100, size=1000, seed=2020):
         same = (xx.sum() - xx.trace() + yy.sum() - yy.trace()) / (size * (size - 1))
         values.append((same - 2 * kernel(x, y).mean()).item())
     values = torch.tensor(values, dtype=torch.float64)
-    return values.mean().item(), values.std(correction=0).item()
+    differ = subsets > 1 and size < max(len(f1), len(f2))
+    return values.mean().item(), values.std(correction=0).item() if differ else None
 
 
 def mmd_imq(a, b):
@@ -681,11 +691,12 @@ def inception_score(probs, splits=10):
     """exp of the mean KL(p(y|x) || p(y)), as (mean, std with ddof 0) over `splits` parts.
 
     probs: distributions (N, C) over classes, otherwise ValueError, in random order, since the parts
-    are consecutive. The score lies in 1..C. Source: Salimans et al. 2016, arXiv:1606.03498.
+    are consecutive; each of 2 rows or more, as one alone has always the score 1. The score lies in
+    1..C. Source: Salimans et al. 2016, arXiv:1606.03498.
     """
     probs = as_features(probs).double()
-    if splits < 1 or len(probs) < splits:
-        raise ValueError(f"cannot divide {len(probs)} rows into {splits} splits")
+    if splits < 1 or len(probs) < 2 * splits:
+        raise ValueError(f"cannot divide {len(probs)} rows into {splits} splits of 2 or more")
     if (probs < 0).any() or ((probs.sum(1) - 1).abs() > 1e-3).any():
         raise ValueError("inception_score takes probabilities: rows, not negative, that sum to 1")
     scores = []
@@ -711,12 +722,19 @@ def precision_recall(real, fake, k=3, chunk=1000):
     middle = real.mean(0, dtype=torch.float64)
     # cdist multiplies matrices, which far from 0 would cost digits.
     real, fake = (f - middle for f in (real, fake))
+    small = 1e-5 * max(f.norm(dim=1).max() for f in (real, fake))
+
+    def distances(a, b, near=0):  # rows with more than `near` small ones from differences
+        d = torch.cdist(a, b)
+        rounded = (d <= small).sum(1) > near
+        d[rounded] = torch.cdist(a[rounded], b, compute_mode="donot_use_mm_for_euclid_dist")
+        return d
 
     def covered(points, centers):
         # k + 1, because a row is its own nearest neighbour, at distance 0.
-        radii = [torch.cdist(c, centers).kthvalue(k + 1).values for c in centers.split(chunk)]
-        reach = torch.cat(radii)
-        inside = [(torch.cdist(p, centers) <= reach).any(1) for p in points.split(chunk)]
+        radii = [distances(c, centers, 1).kthvalue(k + 1).values for c in centers.split(chunk)]
+        reach = torch.cat(radii) * (1 + 1e-9)
+        inside = [(distances(p, centers) <= reach).any(1) for p in points.split(chunk)]
         return torch.cat(inside).double().mean().item()
 
     return covered(fake, real), covered(real, fake)
@@ -764,10 +782,9 @@ def reconstruction_mse(x, y):
 # -------------------------------------------------------------------------------------- classifiers
 # An inception score depends on its classifier. AIM's Table 1 scores MNIST by that of Li et al.
 # (ALICE, NeurIPS 2017; github.com/ChunyuanLI/MNIST_Inception_Score): real test images get 9.879.
-# They train for ten epochs on 55,000 images and four fixed copies of each, turned by up to 15
-# degrees and moved by up to 2 pixels, in batches of 50, by Adam at 1e-4, and take the weights that
-# are best on 5,000 more. Here: copies that are new each time, all 60,000 images, the last weights,
-# batches of 200, one cycle of a larger rate, a third of the time. Real test images get 9.875.
+# They train on 55,000 images and four fixed copies of each, turned by up to 15 degrees and moved by
+# up to 2 pixels, and choose weights on 5,000 more. Here copies are new each time, of 60,000 images,
+# the last weights are taken, and the rate is larger, in one cycle. Real test images get 9.875.
 
 RECIPE = {"version": 1, "side": 32, "features": 128, "batch": 128, "lr": 0.1, "weight_decay": 5e-4,
           "seed": 0}
@@ -871,9 +888,9 @@ def train_classifier(dataset, classes, recipe, device):
 
 
 def is_labelled(dataset):
-    """Whether a classifier can be trained on it: images, two classes or more, all labelled."""
-    labelled = dataset.y is not None and dataset.classes > 1 and int(dataset.y.min()) >= 0
-    return labelled and dataset.x.dtype == torch.uint8
+    """Whether a classifier can be trained on it: images, all labelled, with two labels or more."""
+    labelled = dataset.y is not None and dataset.kind == "images"
+    return labelled and bool(0 <= dataset.y.min() < dataset.y.max() < dataset.classes)
 
 
 class ClassifierFeatures:
@@ -905,12 +922,15 @@ class ClassifierFeatures:
             state = {name: value.cpu() for name, value in self.net.state_dict().items()}
             return {"accuracy": right / len(test.x), "net": state}
 
-        saved = cached(cache_dir(root), f"classifier-{name}", key, build)
-        with torch.device("meta"):  # initial weights would take the caller's random numbers
-            net = build_classifier(self.recipe, classes)
-        net.load_state_dict(saved["net"], assign=True)
+        def use(saved):
+            with torch.device("meta"):  # initial weights would take the caller's random numbers
+                net = build_classifier(self.recipe, classes)
+            state = {name: finite(value, name).float() for name, value in saved["net"].items()}
+            net.load_state_dict(state, assign=True)
+            return saved, net, float(saved["accuracy"])
+
+        saved, net, self.accuracy = cached(cache_dir(root), f"classifier-{name}", key, build, use)
         self.net = net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-        self.accuracy = saved["accuracy"]
         # Trained anew elsewhere, the weights are others, and so are statistics of its features.
         weights = b"".join(value.numpy().tobytes() for value in saved["net"].values())
         self.key = {**key, "weights": hashlib.sha256(weights).hexdigest()}
@@ -964,12 +984,16 @@ class Evaluator:
         self.samples = samples
         self.device = torch.device(device)
         self.count = min(REFERENCE, len(test))
-        if min(samples, self.count) < 10:
-            raise UserError(f"an evaluation needs 10 samples, not {samples}, and 10 test images")
+        labelled = is_labelled(train) and is_labelled(test)
+        least = LEAST["is"] if inception or labelled else 2
+        if min(samples, self.count) < least:
+            raise UserError(f"an evaluation needs {least} samples and test images, not {samples} "
+                            f"and {self.count}")
         # Inception comes first: its weights may be missing, and a classifier takes a minute.
         self.extractors = [InceptionFeatures(inception, device, amp=amp)] if inception else []
         self.classifier = None
-        if is_labelled(train) and is_labelled(test):
+        if labelled:
+            self.present = train.y.unique()  # labels without a picture have no share
             self.classifier = ClassifierFeatures(train, test, device, root)
             if not test.stacked:
                 self.extractors.insert(0, self.classifier)
@@ -980,7 +1004,6 @@ class Evaluator:
         fid_on_train = fid_on_train or FID_ON_TRAIN.get(train.name)
         if inception and fid_on_train:
             self.reference["fid"] = (train, min(fid_on_train, len(train)))
-        # Inception takes minutes on a CPU and shows progress; the classifier takes a second.
         self.label = "Inception features" if inception else None
         self.real = {}  # metric -> Moments
         self.fixed = {}  # what every evaluation reports of the real images
@@ -1048,7 +1071,7 @@ class Evaluator:
             share = torch.bincount(probs.argmax(1), minlength=probs.shape[1]).double() / len(probs)
             result["is"], result["is_std"] = inception_score(probs)
             result["class_share"] = [round(s, 6) for s in share.tolist()]
-            result["class_min"] = share.min().item()
+            result["class_min"] = share[self.present].min().item()
             result["class_max"] = share.max().item()
             result["confident"] = (probs.amax(1) > 0.9).double().mean().item()
         if "fid" in got:
@@ -1074,9 +1097,7 @@ class Evaluator:
             if tuple(x.shape) != (n, self.test.channels, self.size, self.size):
                 raise ValueError(f"sample({n}) must give {n} images of {self.test.channels} "
                                  f"channels and {self.pixels}, got {tuple(x.shape)}")
-            if not torch.isfinite(x).all():
-                raise NotFinite("samples must be finite, but some are NaN or infinite")
-            u8 = to_uint8(x)
+            u8 = to_uint8(finite(x, "samples"))
             if self.test.stacked:
                 labels.append(self.classifier.stacked_labels(u8))
             if self.li:
@@ -1090,9 +1111,8 @@ class Evaluator:
             y = reconstruct(x)
             if y.shape != x.shape:
                 raise ValueError(f"reconstruct must give {tuple(x.shape)}, not {tuple(y.shape)}")
-            if not torch.isfinite(y).all():
-                raise NotFinite("reconstructions must be finite, but some are NaN or infinite")
-            errors.append((y.double() - x.double()).square().flatten(1).mean(1).cpu())
+            difference = finite(y, "reconstructions").double() - x.double()
+            errors.append(difference.square().flatten(1).mean(1).cpu())
         return torch.cat(errors)
 
 
@@ -1164,10 +1184,7 @@ def draw_curves(path, curves, title):
 
 
 def draw_log_curves(folder, names, title_of_run, skip=None):
-    """FOLDER/figures/NAME.png, by epoch, of each name that FOLDER/log.jsonl has more than once.
-
-    skip(name, line): whether to leave a line (dict) of the log out of that name's curve.
-    """
+    """FOLDER/figures/NAME.png of names with two lines in log.jsonl, those of skip() left out."""
     folder = Path(folder)
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     for name in names:
@@ -1178,25 +1195,23 @@ def draw_log_curves(folder, names, title_of_run, skip=None):
 
 
 def draw_samples(model, folder, n):
-    """n samples of `model` as files in FOLDER/drawn, and a picture of them, FOLDER/drawn.png.
-
-    Images: NNNNNN.png, instead of an earlier call's. Points: the table points.csv.
-    """
+    """n samples of `model` in FOLDER/drawn, NNNNNN.png or points.csv, and as FOLDER/drawn.png."""
     drawn = Path(folder) / "drawn"
     drawn.mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng(range(torch.cuda.device_count())):
-        one = model.sample(1)
+        one = finite(model.sample(1), "samples")
     if one.ndim == 2:
-        points = model.sample(n).cpu()
+        points = finite(model.sample(n), "samples").cpu()
         rows = [",".join(f"{value:.6g}" for value in row) + "\n" for row in points.tolist()]
         (drawn / "points.csv").write_text("".join(rows))
-        picture = scatter(points, torch.zeros(n, dtype=torch.long), 1, 1.2 * points.abs().max())
+        flat = oblique(points)
+        picture = scatter(flat, torch.zeros(n, dtype=torch.long), 1, 1.2 * flat.abs().max())
         torchvision.utils.save_image(picture, drawn.with_suffix(".png"))
         return
     for old in drawn.glob("*.png"):
         old.unlink()
     for start in range(0, n, 250):
-        images = model.sample(min(250, n - start))
+        images = finite(model.sample(min(250, n - start)), "samples")
         if start == 0:
             save_grid(drawn.with_suffix(".png"), images[:100])
         for i, image in enumerate(images, start):
@@ -1206,12 +1221,9 @@ def draw_samples(model, folder, n):
 # ---------------------------------------------------------------------------------------- benchmark
 
 def benchmark(model, x, steps, compiled=False):
-    """Speed, FLOP/s and peak memory of `model.step(x)`, after warming up, as a dict for JSON.
-
-    The time is of `steps` steps, up to a multiple of 5: WGAN's G moves at each fifth only.
-    """
+    """Speed, FLOP/s and peak memory of `model.step(x)`, after warming up, as a dict for JSON."""
     cuda = x.device.type == "cuda"
-    steps = math.ceil(steps / 5) * 5
+    steps = math.ceil(steps / 5) * 5  # WGAN's G moves at each fifth only
 
     def run(n):
         for _ in range(n):
@@ -1234,14 +1246,46 @@ def benchmark(model, x, steps, compiled=False):
     began = time.perf_counter()
     run(steps)
     seconds = (time.perf_counter() - began) / steps
+    peak = 0
     if cuda:
         peak = torch.cuda.max_memory_allocated()
-    else:
+    elif "resource" in globals():
         unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB, macOS in bytes
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return {"steps": steps, "batch": len(x), "images_per_s": round(len(x) / seconds, 1),
-            "ms_per_step": round(seconds * 1e3, 2), "gflop_per_step": float(f"{flops / 1e9:.4g}"),
-            "tflop_per_s": float(f"{flops / seconds / 1e12:.3g}"), "peak_memory_mib": peak >> 20}
+    rate = flops / seconds / 1e12
+    conv, matmul = machine_rates(model.machine)
+    return {"model": model.config.model, "size": model.config.size, "width": model.config.width,
+            "device": str(model.machine.device), "precision": model.machine.amp,
+            "compiled": compiled, "steps": steps, "batch": len(x),
+            "images_per_s": round(len(x) / seconds, 1), "ms_per_step": round(seconds * 1e3, 2),
+            "gflop_per_step": float(f"{flops / 1e9:.4g}"),
+            "tflop_per_s": float(f"{rate:.3g}"), "conv_tflop_per_s": float(f"{conv:.3g}"),
+            "matmul_tflop_per_s": float(f"{matmul:.3g}"), "share_of_conv": round(rate / conv, 3),
+            "share_of_matmul": round(rate / matmul, 3), "peak_memory_mib": peak >> 20}
+
+
+def machine_rates(machine, seconds=0.3):
+    """TFLOP/s here, in the machine's precision, of a 3 x 3 convolution and of a matrix product.
+
+    What a step's own rate can be compared with: 64 images of 64 channels at 32 x 32, and 1024^3.
+    """
+    x = torch.randn(64, 64, 32, 32, device=machine.device).to(memory_format=torch.channels_last)
+    w = torch.randn(64, 64, 3, 3, device=machine.device).to(memory_format=torch.channels_last)
+    a = torch.randn(1024, 1024, device=machine.device)
+
+    def rate(work, flops):
+        n = 0
+        began = time.perf_counter()
+        with torch.no_grad(), machine.autocast():
+            while n < 3 or time.perf_counter() - began < seconds:
+                work()
+                n += 1
+                if machine.device.type == "cuda":
+                    torch.cuda.synchronize()
+        return n * flops / (time.perf_counter() - began) / 1e12
+
+    conv = rate(lambda: F.conv2d(x, w, padding=1), 2 * 64 * 32 * 32 * 64 * 64 * 9)
+    return conv, rate(lambda: a @ a, 2 * 1024**3)
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -1250,133 +1294,186 @@ def benchmark(model, x, steps, compiled=False):
 class Source:
     """A or B of the command line."""
 
-    kind: str  # "folder", "dataset" or "saved"
-    content: object  # the files, the data.Dataset, or the dict that `stats` saved
+    kind: str  # "folder", "dataset" or "statistics"
+    content: object  # the files, the data.Dataset, or (Moments, what they are of, its key)
     name: str  # in the protocol
-    n: int  # how many pictures are taken
-    sizes: set  # {(H, W)}; of a folder filled as it is read
+    n: int | None  # how many pictures are taken; None where the file does not say
+    sizes: set  # {(H, W)}
+    about: str = ""  # what else the protocol says
 
     def __str__(self):
-        size = "mixed sizes" if len(self.sizes) > 1 else "x".join(map(str, *self.sizes))
-        return f"{self.name} (n={self.n}, {size})"
+        size = "mixed sizes" if len(self.sizes) > 1 else "x".join(map(str, *self.sizes or [()]))
+        if any(height != width for height, width in self.sizes):
+            size += ", squeezed to squares (--size S cuts them)"
+        return f"{self.name} (n={self.n or 'unknown'}{', ' * bool(size)}{size}{self.about})"
 
 
-def open_source(name, args):
-    """The Source that `name` means: a .pt file, a folder, or a data set, perhaps with its split."""
-    path = Path(name)
-    if path.suffix == ".pt":
+def open_source(name, args, labelled=False):
+    """The Source that `name` means, a folder with its classes if `labelled`; UserError for none."""
+    path = Path(os.path.expanduser(name))
+    if path.suffix.lower() in (".pt", ".npz", ".npy"):
+        dataset = open_file(path)
+        if isinstance(dataset, Source):
+            return dataset
+    else:
+        place = name.removesuffix(":train").removesuffix(":test")
+        split = name[len(place) + 1 :]
         try:
-            saved = read_saved(path)
-            return Source("saved", saved, path.name, saved["n"], set(saved["sizes"]))
-        except Exception as error:
-            raise UserError(f"{path} is no file of statistics of `metrics.py stats`") from error
-    if path.is_dir():
-        if any(entry.is_dir() and entry.name.lower() == "train" for entry in path.iterdir()):
-            raise UserError(f"{path} has a training set: say {path}:train or {path}:test")
-        files = find_pictures(path)
-        if not files:
-            raise UserError(f"{path} holds no pictures ({', '.join(SUFFIXES)})")
-        # In a seeded order --n is a fair sample, and the splits of the inception score are mixed.
-        order = torch.randperm(len(files), generator=torch.Generator().manual_seed(SEED))
-        files = [files[i] for i in order[: args.n].tolist()]
-        return Source("folder", files, path.resolve().name, len(files), set())
-    name, _, split = name.partition(":")
-    dataset = load(name, args.root, split=split or "train")
-    if dataset.x.dtype != torch.uint8:
-        raise UserError(f"{name} holds points, not images")
+            whole = whole_name(place)
+        except UserError as error:
+            raise UserError(f"{error}, or one with :train or :test, or a .pt, .npz, .npy") from None
+        if os.path.isabs(whole) and not split and not labelled:
+            return open_folder(Path(whole), args)
+        dataset = load(place, args.root, args.size, split=split or "train")
+        if dataset.kind != "images":
+            raise UserError(f"{name} holds points, not images")
+        if split and dataset.split != split:
+            raise UserError(f"{place} has no {split} pictures apart: leave :{split} out")
     n = min(args.n or len(dataset), len(dataset))
-    return Source("dataset", dataset, f"{name}:{dataset.split}", n, {tuple(dataset.x.shape[2:])})
+    size = (args.size, args.size) if args.size else tuple(dataset.x.shape[2:])
+    return Source("dataset", dataset, f"{dataset.name}:{dataset.split}", n, {size})
 
 
-def read_picture(path):
-    """uint8 (3, H, W), as pytorch-fid reads it; None for a damaged file and for over 8 bits."""
+def open_file(path):
+    """A file's statistics as a Source, or its array of pictures as a Dataset. UserError."""
     try:
-        with Image.open(path) as image:
-            if image.mode[0] in "IF":  # PIL would cut 16 bits off at 255: white
-                return None
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    except Exception:  # PIL raises some ten types for damaged files
-        return None
+        if not path.is_file():  # of a pipe the reading might never end
+            raise ValueError("there is no such file")
+        if path.suffix.lower() == ".pt":
+            saved = read_saved(path)
+            if not fits(saved, {"of": str, "key": str, "sizes": [tuple]}):
+                raise ValueError("it holds something else")
+            content = (Moments.of(saved), saved["of"], saved["key"])
+            sizes = {(int(height), int(width)) for height, width in saved["sizes"]}
+            return Source("statistics", content, path.name, saved["n"], sizes)
+        found = np.load(path, allow_pickle=False)
+        if isinstance(found, np.ndarray):
+            found = {"arr_0": found}
+        if "mu" not in found:
+            return Dataset(path.name, "array", of_array(found["arr_0"]), None, 0)
+        mean, cov = (torch.from_numpy(found[name]) for name in ("mu", "sigma"))
+        moments = Moments.of({"n": 2, "mean": mean, "scatter": cov})  # whose n - 1 is 1
+        about = "; count, flavour and weights are the file's own word"
+        return Source("statistics", (moments, "", ""), path.name, None, set(), about)
+    except Exception as error:  # the readers of zip files, arrays and tensors raise a dozen kinds
+        raise UserError(f"{path} holds neither statistics nor pictures ({first_line(error)}): it "
+                        "has to be a .pt of `metrics.py stats`, a .npz of mu and sigma, or a .npy "
+                        "or .npz (arr_0) of uint8 pictures") from None
 
 
-def read_pictures(files, batch, sizes):
-    """Lists of `batch` pictures uint8 (3, H, W), read ahead; their sizes go to the set `sizes`."""
-    parts = [files[start : start + batch] for start in range(0, len(files), batch)]
-    with ThreadPoolExecutor() as pool:
-        ahead = pool.map(read_picture, parts[0])
-        for names, following in zip(parts, [*parts[1:], []]):
-            images = list(ahead)
-            ahead = pool.map(read_picture, following)
-            bad = [str(name) for name, image in zip(names, images) if image is None]
-            if bad:  # to leave them out would quietly change N
-                raise UserError(f"cannot read {', '.join(bad)}: only pictures of 8 bits are read")
-            sizes.update(tuple(image.shape[1:]) for image in images)
-            yield images
+def of_array(x):
+    """Pictures (N, S, S), (N, S, S, C) or (N, C, S, S) -> (N, C, S, S); ValueError for others."""
+    if x.dtype != np.uint8:
+        scaled = "(x + 1) * 127.5" if x.min() < 0 else "x * 255"
+        raise ValueError(f"{x.dtype} from {x.min():.3g}: save ({scaled}).round().astype('uint8')")
+    x = x[:, None] if x.ndim == 3 else x
+    if x.ndim == 4 and x.shape[3] in (1, 3):
+        x = x.transpose(0, 3, 1, 2)
+    if x.ndim != 4 or x.shape[1] not in (1, 3) or not 8 <= x.shape[2] == x.shape[3]:
+        raise ValueError(f"of the shape {x.shape}, not of square pictures of 8 pixels or more")
+    return torch.tensor(x)
+
+
+def open_folder(folder, args):
+    """The pictures of a folder, or args.n of them. Each is read once now, so that faults show."""
+    if (folder / "log.jsonl").exists() and (folder / "config.json").exists():
+        raise UserError(f"{folder} is a run, with sheets of pictures: draw samples with --sample N "
+                        f"--resume {folder}, and give {folder / 'drawn'}")
+    if any(entry.is_dir() and entry.name.lower() == "train" for entry in folder.iterdir()):
+        raise UserError(f"{folder} has a training set: say {folder}:train or {folder}:test")
+    passed = []
+    files = find_pictures(folder, passed)
+    if not files:
+        raise UserError(f"{folder} holds no pictures ({', '.join(SUFFIXES)})")
+    say_passed(folder, passed)
+    # In a seeded order --n is a fair sample, and the splits of the inception score are mixed.
+    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(SEED))
+    files = [files[i] for i in order[: args.n].tolist()]
+    remarks = Counter()
+    pictures = read_pictures(folder.name, files, args.size, changed=remarks)
+    sizes = {picture.shape[1:] for picture in pictures}
+    about = "".join(f"; {n} of {len(files)}: {remark}" for remark, n in remarks.most_common())
+    return Source("folder", files, folder.name, len(files), sizes, about)
+
+
+def check_source(source, wanted, extractors):
+    """UserError if the wanted numbers need more pictures, or other features than were saved."""
+    for name in sorted(wanted):
+        least = LEAST.get(name, 2)
+        saved = source.kind == "statistics"
+        if (saved and name in LEAST) or (not saved and source.n < least):
+            held = "statistics" if saved else source.n
+            raise UserError(f"--{name} needs at least {least} pictures; {source.name} holds {held}")
+    for extract in extractors if source.kind == "statistics" else ():
+        moments, of, key = source.content
+        if moments.mean.numel() != extract.dim or (of, key) not in (
+                ("", ""), (extract.name, digest_of(extract.key))):
+            raise UserError(f"{source.name} holds statistics of {of or 'other features'}, not of "
+                            f"{extract.name} as they are here")
 
 
 def measure(source, extract, keep, args):
     """What collect() gives for a source; without `keep`, of saved or cached statistics too."""
-    if source.n < 2:
-        raise UserError(f"{source.name} holds {source.n} picture, and statistics need at least 2")
-    label = f"{source.name}, {extract.metric}"
     content = source.content
-    if source.kind == "saved":
-        if content["of"] != extract.name or content["key"] != digest_of(extract.key):
-            raise UserError(f"{source.name} holds statistics of {content['of']}, not of "
-                            f"{extract.name} as they are here")
-        if keep:
-            raise UserError(f"{source.name} holds statistics; --kid, --is and --pr need pictures")
-        return {"moments": Moments.of(content)}
+    label = f"{source.name}, {extract.metric}"
+    if source.kind == "statistics":
+        return {"moments": content[0]}
     if source.kind == "folder":
-        batches = read_pictures(content, args.batch, source.sizes)
+        pictures = map(torch.tensor, read_pictures(source.name, content, args.size))
+        batches = iter(lambda: list(itertools.islice(pictures, args.batch)), [])
     elif keep:
-        batches = real_images(content, source.n, args.batch, extract.device)
+        batches = real_images(content, source.n, args.batch, extract.device, args.size)
     else:
-        return real_statistics(content, source.n, None, extract, args.root, args.batch, label)
+        return real_statistics(content, source.n, args.size, extract, args.root, args.batch, label)
     return collect(batches, [extract], source.n, keep, label)[extract.metric]
 
 
 def compare(a, b, extract, wanted, args):
     """Every wanted number of B against A in the features of `extract`, as a flat dict."""
     inception = extract.metric == "fid"
-    # The Gram form needs the features, which for few pictures are no more than a covariance.
-    few = max(a.n, b.n) <= extract.dim and "saved" not in (a.kind, b.kind)
+    # For at most d pictures the Gram form takes their features, no more than a covariance.
+    few = "statistics" not in (a.kind, b.kind) and max(a.n, b.n) <= extract.dim
     both = ["features"] if few or (inception and wanted & {"kid", "pr"}) else []
-    of_b = ["logits"] if inception and "is" in wanted else []
     got_a = measure(a, extract, both, args)
-    got_b = measure(b, extract, both + of_b, args)
+    got_b = measure(b, extract, both + ["logits"] * (inception and "is" in wanted), args)
     f1, f2 = (got.get("features") for got in (got_a, got_b))
     protocol = f"{extract.name}, {a} vs {b}"
     result = {}
     if extract.metric in wanted:
-        result[extract.metric] = (frechet_distance_features(f1, f2) if few
-                                  else got_a["moments"].distance(got_b["moments"]))
+        if few:
+            result[extract.metric] = frechet_distance_features(f1, f2)
+        else:
+            result[extract.metric] = got_a["moments"].distance(got_b["moments"])
     if inception and "kid" in wanted:
         size = min(1000, a.n, b.n)
-        result["kid"], result["kid_std"] = kernel_distance(f1, f2, 100, size)
-        protocol += f", kid: 100 subsets of {size}"
+        subsets = 1 if size == max(a.n, b.n) else 100
+        protocol += f", kid: {subsets} subsets of {size}" if subsets > 1 else f", kid: all {size}"
+        result["kid"], result["kid_std"] = kernel_distance(f1, f2, subsets, size)
+        if torch.equal(f1, f2):  # its estimate is unbiased for independent draws only
+            protocol += ", none of a set and itself"
+            result["kid"] = result["kid_std"] = None
     if inception and "is" in wanted:  # in random order: a data set may lie class by class
         mixed = torch.randperm(b.n, generator=torch.Generator().manual_seed(SEED))
         probs = got_b["logits"][mixed].double().softmax(1)
         result["is"], result["is_std"] = inception_score(probs)
-        protocol += ", is: of B, 10 splits"
+        protocol += f", is: of B, 10 splits of {b.n // 10}"
     if inception and "pr" in wanted:
         result["precision"], result["recall"] = precision_recall(f1, f2, 3)
         protocol += ", precision and recall: k=3"
-    return result | {"protocol": protocol}
+    return {name: x for name, x in result.items() if x is not None} | {"protocol": protocol}
 
 
 def features_for(wanted, a, name, device, args):
     """The extractors that the wanted numbers need; `name` is what the source `a` was called."""
     extractors = []
     if "fcd" in wanted:
-        name = name.partition(":")[0]
         if a.kind != "dataset" or not is_labelled(a.content) or a.content.stacked:
-            raise UserError("--fcd needs the name of a labelled data set as A, for instance "
-                            f"mnist:test, not {name} (B can be saved statistics of such a set)")
+            raise UserError("--fcd needs a labelled data set as A, for instance mnist:test, or a "
+                            f"folder with one of pictures for each class, not {name}")
         sets = {a.content.split: a.content}
+        place = name.removesuffix(f":{a.content.split}")
         for split in {"train", "test"} - sets.keys():
-            sets[split] = load(name, args.root, split=split)
+            sets[split] = load(place, args.root, args.size, split)
         extractors.append(ClassifierFeatures(**sets, device=device, root=args.root))
     if wanted - {"fcd"}:
         extractors.append(InceptionFeatures(args.weights, device, args.flavour, args.amp))
@@ -1386,44 +1483,63 @@ def features_for(wanted, a, name, device, args):
 def run(args):
     """The command line's work: a dict to print. UserError for what the user can mend."""
     device, _ = hardware(args.device, "off")
-    if (args.n is not None and args.n < 2) or args.batch < 1:
-        raise UserError("--n must be at least 2 and --batch at least 1")
+    for name, least in (("n", 2), ("batch", 1), ("size", 8)):
+        if not (getattr(args, name) is None or getattr(args, name) >= least):
+            raise UserError(f"--{name} must be at least {least}")
     saving = args.sources[0] == "stats"
     if len(args.sources) != (3 if saving else 2):
         raise UserError("give two sources, A and B, or `stats A out.pt`; see --help")
     wanted = {name for name in ("fid", "fcd", "kid", "is", "pr") if getattr(args, name)} or {"fid"}
     if saving and wanted not in ({"fid"}, {"fcd"}):
         raise UserError("`stats` saves what one of --fid and --fcd needs")
-    out = Path(args.sources[-1])
-    if saving and (out.suffix != ".pt" or not out.parent.is_dir()):
-        raise UserError(f"cannot write {out}: give the name of a .pt file in a folder that exists")
-    sources = [open_source(name, args) for name in args.sources[saving:2]]
-    for name, least, sets in (("is", 10, sources[1:]), ("pr", 4, sources)):
-        if name in wanted and any(source.n < least for source in sets):
-            raise UserError(f"--{name} needs at least {least} pictures")
-    extractors = features_for(wanted, sources[0], args.sources[saving], device, args)
+    out = Path(os.path.expanduser(args.sources[-1]))
+    if saving and (out.suffix not in (".pt", ".npz") or not out.parent.is_dir()):
+        raise UserError(f"cannot write {out}: give a .pt or .npz in a folder that exists")
+    if saving and out.exists() and not isinstance(open_file(out), Source):
+        raise UserError(f"{out} holds pictures: give another name")
+    names = args.sources[saving:2]
+    sources = [open_source(name, args, "fcd" in wanted and name == names[0]) for name in names]
+    check_source(sources[0], wanted - {"is"}, [])
+    check_source(sources[-1], wanted, [])
+    extractors = features_for(wanted, sources[0], names[0], device, args)
+    for source in sources:
+        check_source(source, [], extractors)
     if saving:
-        a = sources[0]
-        extract = extractors[0]
-        moments = measure(a, extract, [], args)["moments"]
-        about = {"sizes": sorted(a.sizes), "of": extract.name, "key": digest_of(extract.key)}
-        save_atomic(moments.state() | about, out)
-        return {"saved": str(out), "n": moments.n, "protocol": f"{extract.name}, {a}"}
+        return save_statistics(sources[0], extractors[0], out, args)
     results = [compare(*sources, extract, wanted, args) for extract in extractors]
     result = results[0] | results[-1]
     result["protocol"] = "; ".join(each["protocol"] for each in results)
-    n = min(source.n for source in sources)
-    if n < 10_000 and wanted & {"fid", "fcd"}:
-        result["note"] = (f"n={n} is below 10,000: fid is biased upwards, by about 25 at n=500, 16 "
-                          "at 1,000, 9 at 2,000, 4 at 5,000; compare only numbers of equal n")
-    return result
+    notes = []
+    n = min(source.n or REFERENCE for source in sources)
+    if n < REFERENCE and wanted & {"fid", "fcd"}:
+        by = ", fid by about 25 at n=500, 16 at 1,000, 9 at 2,000, 4 at 5,000" * ("fid" in wanted)
+        notes.append(f"n={n} is below 10,000: Frechet distances are biased upwards{by}; compare "
+                     "only numbers of equal n")
+    folders = [source.content for source in sources if source.kind == "folder"]
+    jpegs = [sum(".jp" in file[-5:].lower() for file in files) / len(files) for files in folders]
+    if max(jpegs, default=0) - min(jpegs, default=0) > 0.5:
+        notes.append("one folder is of JPEGs and the other not: that alone can make a fid of 4")
+    return result | ({"note": "; ".join(notes)} if notes else {})
+
+
+def save_statistics(source, extract, out, args):
+    """The line of `stats`: the moments of a source, as our .pt or as pytorch-fid's .npz."""
+    moments = measure(source, extract, [], args)["moments"]
+    if out.suffix == ".pt":
+        about = {"sizes": sorted(source.sizes), "of": extract.name, "key": digest_of(extract.key)}
+        save_atomic(moments.state() | about, out)
+    else:
+        part = out.with_suffix(".tmp.npz")
+        np.savez(part, mu=moments.mean.cpu().numpy(), sigma=moments.cov.cpu().numpy())
+        os.replace(part, out)
+    return {"saved": str(out), "n": moments.n, "protocol": f"{extract.name}, {source}"}
 
 
 def main(argv=None):
     """The command line: parse, run, print. Raises UserError for what the user can mend."""
     parser = Parser(description="Compare two sets of images, or save statistics: stats A out.pt")
     add = parser.add_argument
-    add("sources", nargs="+", metavar="A B", help="folder, data set (mnist:test) or saved .pt")
+    add("sources", nargs="+", metavar="A B", help="FOLDER, mnist, both with :test; .pt, .npz, .npy")
     add("--fid", action="store_true", help="Frechet Inception distance (the default)")
     add("--kid", action="store_true", help="kernel Inception distance, 100 subsets of up to 1,000")
     add("--is", action="store_true", help="inception score of B, 10 splits")
@@ -1434,6 +1550,7 @@ def main(argv=None):
     add("--weights", default="auto", help=f"path of {INCEPTION_FILE} (default: a download)")
     add("--flavour", choices=("pytorch-fid", "tf"), default="pytorch-fid", help="of its input")
     add("--amp", choices=("bf16",), help="precision of Inception features (default: float32)")
+    add("--size", type=int, help="resize to SxS first, oblong pictures cut as in training")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:0")
     add("--batch", type=int, default=32)
     add("--root", default="data", help="where data sets and caches are")
