@@ -5,11 +5,11 @@
 
 The idea. A GAN maps codes to data and has no way back. AIM trains an encoder beside it, so that the
 generator's p(z) p(x|z) and the encoder's q(x) q(z|x) agree: their priors of the codes, and their
-conditionals of the data. Eq. (1) measures this by two KL divergences, neither of which can be
-sampled. Up to a constant, their sum is Eq. (3):
+conditionals of the data. Eq. (1) measures this by two KL divergences; neither can be computed
+so. Up to a constant, their sum is Eq. (3):
 
     E_p(z) KL(p(x|z) || q(x))     a GAN on the data, plus
-    E[-log q(z|x)]                how likely E finds the code that made an image, given the image.
+    E[-log q(z|x)]                how unlikely E finds the code that made an image.
 
 So training never reconstructs data, and no norm between images blurs them. A generator that sends
 many codes to one image (mode collapse) pays for it in the second term. E reads D's features without
@@ -101,7 +101,7 @@ class Machine:
 
     @staticmethod
     def without_running_stats(network, x):
-        """`network(x)`, of which the running statistics of its batch norms take no notice."""
+        """`network(x)`, without an update of its batch norms' running statistics."""
         buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
         return torch.func.functional_call(network, buffers, x)
 
@@ -129,7 +129,7 @@ class Machine:
 #     6  L_d = -mean log rho_q - mean log(1 - rho_p)
 #     7  L_g = -mean log rho_p
 #     8  L_e = lambda mean L(z, mu, sigma^2), by Eq. (8)
-#     9  L_rec = L_g + L_e
+#     9  L_rec = L_g + L_e, what Eq. (9) leaves to G and E
 #    10  D_feature, D_con: a step down L_d
 #    11  G, E: a step down L_rec; L_e reaches G through D_feature, whose weights stay put
 #
@@ -143,21 +143,21 @@ class Machine:
 # D3  | all losses, then updates   | so here; most GAN code asks the moved D for L_g     | -
 # D4  | silent on 2-D networks     | ALI's 2-D networks, beta1 .8, batch; ours: alpha    | --lr
 #     | and their training         | 5e-4, 30 epochs, and an init spread over the data:  | --beta1
-#     |                            | with N(0, .02) D bends at 0 alone, and finds modes  | --std
-#     |                            | later                                               |
+#     |                            | with N(0, .02) all kinks of D lie at 0, and it      | --std
+#     |                            | finds modes later                                   |
 # D5  | Table 3: images in [0, 1]  | in [-1, 1], as all data here; G's last layer and    | -
 #     |                            | D_feature's first convert                           |
-# D6  | Eq. (6) starves G          | `aim-fgan` minimises it as printed; it bounds       | --model
-#     |                            | KL(q || p), and Eq. (3) asks for KL(p || q)         |
+# D6  | Eq. (6): G's gradient      | `aim-fgan` minimises it as printed; it bounds       | --model
+#     | vanishes                   | KL(q || p), and Eq. (3) asks for KL(p || q)         |
 # D7  | ALI, ALICE are quoted      | trained, G as AIM's, D_feature and E of their own;  | --model
 #     |                            | D joins z to D_feature(x) before Table 3's D_con,   |
-#     |                            | of points to x; G, E play the non-saturating game   |
+#     |                            | for points to x itself; G, E: non-saturating loss   |
 # D8  | ALICE: ||x - G(z)||_k^k    | its mean over numbers, k = 2, times lam = 1;        | --k
 #     |                            | `alice-adv`: a D on the pairs (x, x), (x, G(z))     | --lam
 # D9  | silent on BN               | scale 1, shift 0. G's running statistics follow the | -
 #     |                            | prior's codes alone, since `sample` uses them       |
 # D10 | MNIST is scored by Li et   | `is_li`: by that network, trained anew; `is`: by    | -
-#     | al.'s network (TensorFlow) | the small classifier of the other files             |
+#     | al.'s network (TensorFlow) | the small classifier of metrics.py                  |
 # D11 | silent on paddings         | 1 at stride 2, and as in E of Table 4 below: they   | -
 #     |                            | give the printed 576 = 64 * 3^2 and 512 = 128 * 2^2 |
 # D12 | silent on biases before BN | none: BN would undo them                            | -
@@ -364,8 +364,8 @@ class ImplicitEncoder(nn.Module):
 
 
 class Networks:
-    """The networks of a table: as printed, but for w, channels of D's first layer, d, numbers of a
-    code, and c, channels of x."""
+    """The networks of a table, as printed, at any w (channels of D's first layer), d (numbers of
+    a code), c (channels of x)."""
 
     def __init__(self, width=None, latent=None, channels=None):
         self.w = width or self.w
@@ -415,12 +415,12 @@ class Table3(Networks):
                     (UP, w, self.c, 4, 2, 1, "", "Sigmoid"),
                     Affine(2, -1))
 
-    def features(self, channels=None):  # (B, c, 28, 28) -> (B, 2 w, 7, 7)
+    def features(self, channels=None):  # D_feature: (B, c, 28, 28) -> (B, 2 w, 7, 7)
         return rows(Affine(0.5, 0.5),
                     (CONV, channels or self.c, self.w, 4, 2, 1, "", "Leaky"),
                     (CONV, self.w, 2 * self.w, 4, 2, 1, "BN", "Leaky"), slope=self.slope)
 
-    def critic(self):  # (B, 2 w, 7, 7) -> (B,)
+    def critic(self):  # D_con: (B, 2 w, 7, 7) -> (B,)
         return self.fc_critic(self.numbers * self.w)
 
     def encoder(self, fixed_variance=False):  # (B, 2 w, 7, 7) -> (B, d) twice
@@ -446,14 +446,14 @@ class Table4(Networks):
                     (UP, 2 * w, w, 4, 2, 1, "BN", "ReLU"),
                     (UP, w, self.c, 4, 2, 1, "", "Tanh"))
 
-    def features(self, channels=None):  # (B, c, 64, 64) -> (B, 8 w, 4, 4)
+    def features(self, channels=None):  # D_feature: (B, c, 64, 64) -> (B, 8 w, 4, 4)
         w = self.w
         return rows((CONV, channels or self.c, w, 4, 2, 1, "", "Leaky"),
                     (CONV, w, 2 * w, 4, 2, 1, "BN", "Leaky"),
                     (CONV, 2 * w, 4 * w, 4, 2, 1, "BN", "Leaky"),
                     (CONV, 4 * w, 8 * w, 4, 2, 1, "BN", "Leaky"))
 
-    def critic(self):  # (B, 8 w, 4, 4) -> (B,)
+    def critic(self):  # D_con: (B, 8 w, 4, 4) -> (B,)
         return rows((CONV, 8 * self.w, 1, 4, 1, 0, "", ""), nn.Flatten(0))
 
     def encoder(self, fixed_variance=False):  # (B, 8 w, 4, 4) -> (B, d) twice
@@ -486,7 +486,7 @@ class Points(Networks):
     def features(self, channels=None):  # (B, c) -> (B, w / 2)
         half = self.w // 2
         features = rows(Maxout(channels or self.c, half), Maxout(half, half))
-        features[0].linear.bias.data *= self.reach  # so do the lines along which D bends
+        features[0].linear.bias.data *= self.reach  # as do the kinks of D's maxouts
         return features
 
     def critic(self):  # (B, w / 2) -> (B,)
@@ -880,7 +880,7 @@ class VEEGAN(ALI):
 
 
 class ALICE(ALI):
-    """ALICE: besides, G of z ~ q(z|x) shall be x again (D8), with `authors` E of G(z) also z."""
+    """ALICE: G of z ~ q(z|x) must also return x (D8); with `authors`, E of G(z) also z."""
 
     def losses(self, x):
         """ALI's, and cycle: what G and E pay for the cycles."""
@@ -924,7 +924,7 @@ CLASSES = {"aim": AIM, "aim-minus": AIM, "aim-fgan": AIM, "gan": GAN, "pacgan": 
 
 
 def build(config, machine=None, channels=None, steps=None, steps_per_epoch=None):
-    """The system that `config.model` names; the arguments are GAN's."""
+    """The system that `config.model` names, as GAN takes it. To add one: MODELS and CLASSES."""
     return CLASSES[config.model](config, machine, channels, steps, steps_per_epoch)
 
 
@@ -959,7 +959,7 @@ def figures_images(model, folder, step, x, y, classes):
         return
     mu = model.encode(x[:100])
     pairs = torch.stack([x[:50].cpu(), model.decode(mu[:50]).cpu()], 1).flatten(0, 1)
-    save_grid(folder / f"recon/{step:06d}.png", pairs)  # Fig. 2: an image, its own, an image, ...
+    save_grid(folder / f"recon/{step:06d}.png", pairs)  # Figs. 2, 6: image, reconstruction, ...
     ten = x[:10].cpu()
     near = torch.cat([ten[:, None], model.neighbours(ten, 9).cpu()], 1).flatten(0, 1)
     save_grid(folder / f"figures/neighbours-{step:06d}.png", near)  # Figs. 5 and 9
@@ -1091,7 +1091,7 @@ def evaluate(model, evaluator, folder, step, test, classes):
 
 
 def score_of(result):
-    """What best.pt has least: minus modes and quality of points; else fid, fcd, kl, or mse."""
+    """best.pt has the least of this: points' -(modes + quality); else fid, fcd, kl or mse."""
     if "modes" in result and "high_quality" in result:
         return -result["modes"] - result["high_quality"]
     return metrics.best_first(result, ("fid", "fcd", "kl", "mse"))

@@ -1399,7 +1399,7 @@ class Run:
         save_atomic(json.dumps(about, indent=1) + "\n", self.folder / "config.json", write_text)
 
     def begin(self, model, batches, data, steps):
-        """Puts a checkpoint back, and lets the ranks train one model. Returns the steps behind.
+        """Puts a checkpoint back, and lets the ranks train one model. Returns the steps done.
 
         data: the fingerprint of the training set; steps: the length of the run. Raises UserError
         if the checkpoint is of other networks, or of other data: only in a new folder do other data

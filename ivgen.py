@@ -103,7 +103,7 @@ class Machine:
 
     @staticmethod
     def without_running_stats(network, x):
-        """`network(x)`, of which the running statistics of its batch norms take no notice."""
+        """`network(x)`, without an update of its batch norms' running statistics."""
         buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
         return torch.func.functional_call(network, buffers, x)
 
@@ -136,31 +136,31 @@ class Machine:
 #         With k blocks there are k interventions, and f has k classes.
 # | D2  | BN after D's first layer     | none there            | as the paper           | --d-norm |
 #         WGAN-GP's own paper has no BN in D ("none"), but Sec. 5 wants one architecture for all.
-# | D3  | E maximises f's loss         | minimises it, L_recon | as the paper           | --e-sign |
-#         left out: the code lets E help f.
-# | D4  | silent                       | ten steps of E        | one step of each       | --e-steps|
+# | D3  | E maximises f's loss         | minimises it alone    | as the paper           | --e-sign |
+#         Lines 15, 17 print "+ alpha": read literally, G and E ascend, and help f as in the code.
+# | D4  | "number of inner iteration"  | ten steps of E        | one step of each       | --e-steps|
 # | D5  | l1 norm in Eq. (6)           |                       | mean absolute error    |          |
 #         A sum over 12,288 pixels would drown the other terms.
 # | D6  | Eq. (6) has G(O_i(z))        |                       | z = E(x)               |          |
 #         So it reads everywhere else in Sec. 3, and x_i serves Eqs. (3) and (6) both.
 # | D7  | noise, "variance is decayed" | deviation by epoch    | by share of the run    |          |
-#         On what D judges; only for the IV models but on `digits`, whose settings are ours.
+#         On what D judges, in the IV models only; on `digits`, in all systems (ours).
 # | D8  | Adam 1e-4, for E 5e-3        | CIFAR-10: 2e-4, 1e-2  | as the paper           | --lr ... |
 #         There the code's E has width 16 and a weight decay of 5e-4.
 # | D9  | MRGAN: only named            | last sign reversed    | - mu log D(G(E(x)))    |          |
 # | D10 | WGAN, WGAN-GP: only named    |                       | their papers' settings |          |
 #         G moves every fifth step, so that each step of D sees a fresh batch.
 # | D11 | alpha / 2n in line 10        | sum of two means      | mean over 2n images    |          |
-#         Not for WGAN, against whose plain estimate the penalty of 10 is set.
+#         WGAN keeps the plain sum: WGAN-GP's penalty weight 10 belongs to it.
 # | D12 | BN's running statistics: silent | follow all batches | G's follow z, E's x    |          |
 #         E's rate is 50 times G's: each evaluation takes E's statistics anew from training images.
 #
-# The first rows of Table 3 are copied from other papers. "Source" is PacGAN's code, but of D23 that
-# of a VEEGAN author for Unrolled GAN, and of D24 VEEGAN's paper and the same author's code for ALI.
+# The first rows of Table 3 are copied from other papers. "Source": PacGAN's code; in D23 a VEEGAN
+# author's code for Unrolled GAN; in D24 VEEGAN's paper, and the same author's code for ALI.
 # |     | source                       | here                                           | switch   |
 # |-----|------------------------------|------------------------------------------------|----------|
 # | D20 | its own networks, 28 pixels  | Table 1's, or the source's                     |--network |
-#         That has neither f nor E: f is D's second head, and E has D's convolutions, as in Table 1.
+#         It has no f and no E: f is D's second head, and E has D's convolutions, as in Table 1.
 # | D21 | DCGAN: pixels in [0, 1]      | [-1, 1], as G ends in tanh; else as the source |--network |
 #         z ~ U[-1, 1]^d, Adam 2e-4, two steps of G on one z. The IV systems need z ~ N(0, I).
 # | D22 | 128,000 fixed triples        | new ones every epoch                           |--triples |
@@ -338,7 +338,7 @@ def convolutions(config, channels, norm):
 
 
 class AsImage(nn.Module):
-    """(B, d) -> (B, d, 1, 1), channels_last, which the strides of a 1 x 1 image do not tell."""
+    """(B, d) -> (B, d, 1, 1), marked channels_last: 1 x 1 strides do not show the format."""
 
     def forward(self, z):
         return z[:, :, None, None].to(memory_format=torch.channels_last)
@@ -376,7 +376,7 @@ class PacGenerator(nn.Sequential):
 
 
 class Discriminator(nn.Module):
-    """D with f as a second head: images (B, C, S, S) -> logits (B,) and (B, k), float32."""
+    """D of Table 1, f a second head: images (B, C, S, S) -> logits (B,) and (B, k), float32."""
 
     def __init__(self, trunk, k):
         super().__init__()
@@ -406,7 +406,7 @@ class PairDiscriminator(nn.Module):
 
 
 class Encoder(nn.Sequential):
-    """E: images (B, C, S, S) -> codes (B, d), normalised by the last BN."""
+    """E of Table 1: images (B, C, S, S) -> codes (B, d), normalised by the last BN."""
 
     def __init__(self, trunk, latent):
         last = nn.Conv2d(trunk.c, latent, trunk.side, 2, 0, bias=False)     # CONV(K4, S2, O100)
@@ -605,8 +605,8 @@ class GAN(nn.Module):
 
 
 class IVGAN(GAN):
-    """IVDCGAN and IVLSGAN. Beside GAN's it logs f_ce, V_class as f descends it (log k: f only
-    guesses), rec, L_recon of Eq. (6), and iv, L_IV after f's step."""
+    """IVDCGAN and IVLSGAN. Beside GAN's it logs f_ce: V_class as f descends it (log k: f only
+    guesses); rec: L_recon of Eq. (6); iv: L_IV after f's step."""
 
     has_encoder = True
 
@@ -650,7 +650,7 @@ class IVGAN(GAN):
         return x_hat, w_i, index, x_i
 
     def regularisers(self, x, x_hat, w_i, index, x_i):
-        """L_recon and L_IV. A term that has no weight anywhere is not computed, and 0."""
+        """L_recon and L_IV. A term whose weights are all 0 is not computed: it is 0."""
         c = self.config
         rec = torch.zeros((), requires_grad=True, device=x.device)
         iv = rec
@@ -769,7 +769,7 @@ class UnrolledGAN(GAN):
         return {name: values[0] for name, values in state.items()}
 
     def judge(self, weights, x):
-        """D's logits (B,) with other weights; its running statistics take no notice."""
+        """D's logits (B,) with other weights; its running statistics stay."""
         buffers = {name: buffer.clone() for name, buffer in self.D.named_buffers()}
         return torch.func.functional_call(self.D, weights | buffers, x)[0]
 
@@ -864,8 +864,8 @@ def figures_ivgan(model, folder, step, x):
 #         A misprint: this keeps every other stride and Sec. 4's "5 x 5 or 6 x 6". "FC(C1)" ends
 #         in the latent dimension.
 # | D18 | WAE-GAN's D has one output        | two, whose difference is its logit        | --e-loss |
-#         So `aae` is IVAAE at t = 1. With `prior`, WAE-GAN's form, this paper's weights let the
-#         code count twice: in the mean over two terms that of the prior has no gradient for E.
+#         So `aae` is IVAAE at t = 1: L_IV is a mean of two terms; only the code's reaches E.
+#         `prior`, that term alone, is WAE-GAN's form: at the same mu2 it weighs twice.
 # | D19 | one z for all k (line 3)          | each T_k draws its own: the same in the mean |       |
 #         WAE-MMD's weight on CIFAR-10 is CelebA's, Fashion-MNIST's settings are MNIST's (silent).
 
@@ -927,10 +927,10 @@ def preset_ivaae(model, dataset):
     return IVAAEConfig(model=model, dataset=dataset, **changes)
 
 
-# ---- Interventions (Sec. 2 and 4) ----------------------------------------------------------------
+# ---- Bridges T_k (Secs. 2, 3.2, 4) ---------------------------------------------------------------
 
 def prefix_substitute(z, step, t, noise):
-    """T_k of "blockwise substitution" (Sec. 2), k = `step`: k of t equal blocks become noise's.
+    """T_k of "blockwise substitution" (Sec. 2), k = `step`: noise in the first k of t blocks.
 
     z, noise: (B, d). Returns (B, d), differentiable in z: z itself at step 0, `noise` at step t;
     N(0, I) in gives N(0, I) out. ValueError if t does not divide d or step is not in 0..t.
@@ -960,7 +960,7 @@ def radial_substitute(z, step, t, noise):
 
 
 def median_bandwidth(z, scale=100.):
-    """h = scale med^2 / log n (Sec. 4), med the median distance of two of the points z (n, d)."""
+    """h = scale med^2 / log n (Sec. 4), med the median pairwise distance of points z (n, d)."""
     with torch.no_grad():
         median = F.pdist(z.float()).median()
         return (scale * median.square() / math.log(len(z))).clamp_min(1e-12)    # codes may coincide
@@ -982,8 +982,8 @@ def svgd_step(z, bandwidth, epsilon=1.):
 def svgd_step_fast(z, bandwidth, epsilon=1.):
     """`svgd_step` by matrix products with the kernel: nothing of size n x n x d is formed.
 
-    Differences are taken about the mean, since 2 / bandwidth blows up the rounding of anything
-    larger. Where many particles coincide elsewhere, they still cancel: then take `svgd_step`.
+    Codes are centred first: rounding errors grow with their size, and 2 / bandwidth magnifies
+    them. Where many particles coincide far from the mean, use `svgd_step`.
     """
     mean = z.mean(0)
     c = z - mean
@@ -1078,7 +1078,7 @@ def squared_error(x_hat, x):
 # ---- Models --------------------------------------------------------------------------------------
 
 class AutoEncoder(nn.Module):
-    """What IVAAE and WAE-MMD share: E, G, one Adam over both, and the verbs.
+    """What IVAAE and WAE-MMD share: E, G, one Adam for both; sample, encode.
 
     channels: of the images. steps_per_epoch: for the decay of the rates; None: they stay.
     """
@@ -1318,7 +1318,7 @@ TABLES = {
               "IVLSGAN": ("--model ivlsgan", 1000, .07),
               "IVDCGAN": ("--model ivdcgan", 1000, .08)}),
     "4": dict(
-        title="IVGAN, Table 4: minimum of FID of IVLSGAN on CIFAR-10, by mu and k", choose="min",
+        title="IVGAN, Table 4 and Fig. 7: minimum of FID of IVLSGAN, by mu and k", choose="min",
         columns=[("FID", "cifar10", "fid")],
         rows={"mu = .5, k = 2": ("--k 2", 29.2), "mu = .5, k = 4": ("", 28.2),
               "mu = .5, k = 10": ("--k 10", 41.2), "mu = .5, k = 20": ("--k 20", 36.1),
@@ -1332,7 +1332,7 @@ TABLES = {
         rows={name.upper(): (f"--model {name}", None, None)
               for name in ("dcgan", "lsgan", "wgan", "wgan-gp", *WITH_E)}),
     "ivaae-1": dict(
-        title="IVAAE, Table 1: minimum of FID", choose="min",
+        title="IVAAE, Table 1 and Fig. 4: minimum of FID", choose="min",
         columns=[("MNIST", "mnist", "fid"), ("CelebA", "celeba", "fid"),
                  ("CIFAR-10", "cifar10", "fid")],
         rows={"WAE-MMD": ("--model wae-mmd", 67, 36, 87),
@@ -1379,7 +1379,7 @@ def preset(model=None, dataset=None, network=None):
 
 
 def build(config, machine=None, channels=3, steps=None, steps_per_epoch=None):
-    """The model of these settings. To add a system: a class here, its settings in the presets."""
+    """The model of these settings. To add one: a class, its place here, settings in *_MODELS."""
     if isinstance(config, IVAAEConfig):
         kind = WAE if config.model == "wae-mmd" else IVAAE
         return kind(config, machine, channels, steps_per_epoch)
@@ -1391,7 +1391,7 @@ def build(config, machine=None, channels=3, steps=None, steps_per_epoch=None):
 def evaluate(model, evaluator, run, step, x_test, train_set):
     """Pictures and metrics of one moment, which do not disturb the training's random numbers.
 
-    Of IVAAE's systems `fld`, the Frechet distance to the prior of the codes of `fld_n` training
+    For IVAAE's systems `fld`: Frechet distance of the prior and the codes of `fld_n` training
     images: the first 60,000, of MNIST all (Sec. 4 draws them at random).
     """
     began = time.time()
@@ -1423,7 +1423,7 @@ def evaluate(model, evaluator, run, step, x_test, train_set):
 
 
 def score_of(result):
-    """What best.pt is chosen by, the less the better: the first there is of fid, fcd, kl, mse."""
+    """What best.pt is chosen by (lower is better): the first measured of fid, fcd, kl, mse."""
     return metrics.best_first(result, ("fid", "fcd", "kl", "mse"))
 
 

@@ -4,9 +4,9 @@
     Matching". Sections, equations, tables and figures named below are this paper's.
 
 A variational autoencoder asks two things of one code: that it tell the data apart, and that it be
-distributed like a prior. The second destroys what the first needs, the geometry of the data
-(Propositions 1 and 2). LatentMap asks only the first: an autoencoder is trained for reconstruction.
-A critic d learns how unreal decoded codes are, Eq. (9), and the autoencoder wants d to find none,
+distributed like a prior. They conflict (Propositions 1 and 2): the second may destroy the
+geometry of the data. LatentMap asks only the first: an autoencoder is trained for reconstruction.
+A discriminator d learns how unreal decoded codes are, Eq. (9); the autoencoder lowers d's answer,
 Eq. (10), so that straight lines between codes decode to data. Batch normalisation, Eq. (11), keeps
 codes near a sphere without bending them. Afterwards a small network g learns to turn Gaussian noise
 into codes, in a GAN between vectors, Eqs. (12) and (13). A sample is G(g(z)).
@@ -99,7 +99,7 @@ class Machine:
 
     @staticmethod
     def without_running_stats(network, x):
-        """`network(x)`, of which the running statistics of its batch norms take no notice."""
+        """`network(x)`, without an update of its batch norms' running statistics."""
         buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
         return torch.func.functional_call(network, buffers, x)
 
@@ -134,9 +134,10 @@ class Machine:
 #       A sum over 12,288 pixels would drown the other terms, which are of the order of lam^2.
 # D2  | silent on gamma, lambda,    | .2, .2, 1, 1; 2e-4,   | as the code; Adam's own  | --gamma
 #     | omegas, optimiser, counts   | beta1 0, batch 32     | beta2; d x 2, D x 5      | --lr ...
-#       d's steps share x, D's the codes; mu and z are drawn anew. x_1 is the batch reversed: since
-#       mu <= .5, x_mu lies nearer to x_2, the item in its own place.
-# D3  | BN to mean 0, variance 1    | scale, shift learnt   | neither                  | --model
+#       All steps of d use one x, all of D one code; mu and z are drawn anew. x_1 is the batch
+#       reversed, x_2 the batch: as mu <= .5, x_mu is nearer to x_2.
+# D3  | BN to mean 0, variance 1    | scale, shift learnt   | no scale, no shift       |
+#       Eqs. (9), (10) and (12) print E(x): read here as BN(E(x)), by Eq. (11).
 # D4  | prior: Gaussian             | unit sphere           | Gaussian; or radius      | --prior
 #     |                             | (roll: Gaussian)      | sqrt(dim), of mean square 1
 # D5  | autoencoder, then map       | both in every step    | .8, then .2 of the steps | --joint
@@ -149,12 +150,12 @@ class Machine:
 #       at 2e-4), MNIST's 25 epochs, CIFAR-10's 32 pixels, and (Mimicry's) CelebA's 128 dimensions.
 # D8  | silent on the baselines     | see AUTHORS and what  | their own papers', where | --authors
 #     |                             | is named ..._authors  | not marked "ours"        |
-#       They share E, G, optimiser and batch. The switch is of vae, aae and introvae the scripts of
-#       LatentMap's authors, of age and alae their own authors' code. Networks stay, but for two Ds.
+#       They share E, G, optimiser and batch. With the switch, vae, aae and introvae are scripts of
+#       LatentMap's authors, age and alae their own authors' code. Networks stay, but for two Ds.
 # D9  | silent on running           | of all batches        | E's follow data only,    |
 #     | statistics                  |                       | G's the codes of data    |
 #       Blends and samples have other moments, which neither `encode` nor `decode` meets. G of ALAE
-#       follows F(z), of AGE draws of the prior, all it is trained on, of IntroVAE both in turn.
+#       follows F(z), that of AGE the prior's draws, that of IntroVAE codes and draws in turn.
 # D10 | FID against training images | MSE of [-1, 1] pixels | so: fid and `mse_pm1`    |
 
 # ---- Settings ------------------------------------------------------------------------------------
@@ -217,14 +218,14 @@ class LatentMapConfig(Settings):
 
     @property
     def kind(self):
-        """What constants go by: "points", "digits", or "pictures" such as CelebA's."""
+        """What selects constants: "points", "digits", or "pictures" (CelebA's)."""
         if self.dataset in POINT_SETS:
             return "points"
         return "digits" if self.dataset in DIGIT_SETS else "pictures"
 
     @property
     def networks(self):
-        """What ENCODERS and DECODERS go by: pixels, "points" or "swissroll3d"."""
+        """The key of ENCODERS and DECODERS: pixels, "points" or "swissroll3d"."""
         return self.size or (self.dataset if self.dataset in ENCODERS else "points")
 
     def check(self):
@@ -401,7 +402,7 @@ def decoder_points(latent, channels, width):
     return mlp(latent, width, channels)
 
 def encoder_roll(channels, n_out, width, spectral):
-    """Points (B, 3), author code; there is no d in it, so that is as of other points."""
+    """Points (B, 3), author code; it has no d, so d is that of other points."""
     if spectral:
         return encoder_points(channels, n_out, width, spectral)
     return mlp(channels, width, n_out, "batch", depth=1)
@@ -552,7 +553,7 @@ class Autoencoder(nn.Module):
         self.config = c
         self.machine = machine or Machine()
         self.channels = channels or (2 if c.networks == "points" else 3)
-        self.iteration = 0  # steps behind it
+        self.iteration = 0  # steps done
         shape = self.channels, self.outputs * c.latent, c.width
         self.E = self.place(Network(*ENCODERS[c.networks](*shape, spectral=False)))
         self.G = self.place(Network(*DECODERS[c.networks](c.latent, self.channels, c.width)))
@@ -772,7 +773,7 @@ class VAE(Autoencoder):
 
 
 class AAE(Autoencoder):
-    """A discriminator of vectors matches the codes to the prior, in this order (ours).
+    """AAE: a discriminator matches codes to the prior; the order of updates is ours.
 
     E's second update is by the Adam of its first with --authors, else by one of its own. It logs
     reconstruction (D1); discriminator, D's loss; encoder, E's loss against D.
@@ -1016,7 +1017,7 @@ CLASSES |= dict(vae=VAE, aae=AAE, wae=WAE, introvae=IntroVAE, age=AGE, alae=ALAE
 def build(config, machine=None, channels=None, steps=None, steps_per_epoch=None):
     """The model that `config.model` names; LatentMap's first phase has ae_share of the `steps`.
 
-    Without steps it has them all. Nothing here follows steps_per_epoch.
+    Without steps it never ends. No learning rate decays in this file.
     """
     model = CLASSES[config.model](config, machine, channels)
     if steps and isinstance(model, LatentMap) and not config.joint:
@@ -1111,7 +1112,7 @@ def dots(points, reach, labels=None, classes=1):
 
 
 def draw_codes(path, code, made, z, labels, classes):
-    """Figs. 3 and 5: codes (n, dim) by label, generated ones (m, dim), draws z of a plane prior.
+    """Fig. 5 (Fig. 3: of a 0): codes (n, dim) by label, generated (m, dim), z of a plane prior.
 
     Of more than two dimensions, the codes' first two principal components are shown. Nothing for a
     code of one dimension, and for one that is not finite: of these the metrics will say it.

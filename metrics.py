@@ -519,7 +519,7 @@ def real_images(dataset, n, batch, device, size=None):
 def real_statistics(dataset, n, size, extract, root="data", batch=250, label=None):
     """{"moments", "is"} of the first n images at `size` pixels (None: their own), cached.
 
-    `is` is None but by a classifier. The cache's key holds data, network, weights and precision.
+    `is`: None without a classifier. The cache's key holds data, network, weights and precision.
     """
 
     def build():
@@ -965,7 +965,7 @@ class Evaluator:
 
     train, test: data.Dataset of images. size: the model's pixels. samples: how many are drawn.
     inception: None (no fid), "auto" or a path of the weights; amp: the precision of its features.
-    Labelled sets get a classifier, and with it fcd and its company; li: Li et al.'s too. They are
+    Labelled sets get a classifier, and with it fcd, is, ...; li: Li et al.'s too. They are
     trained once and, as all statistics, cached under `root`. The reference is at most 10,000 real
     test images at `size`; that of fid is `fid_on_train` training images, or FID_ON_TRAIN's.
     UserError for too few samples or images, ValueError for points, and for colours with `li`.

@@ -47,6 +47,8 @@ import ivgen  # noqa: E402
 import latentmap  # noqa: E402
 import metrics  # noqa: E402
 
+torch.set_num_threads(1)  # most tensors here are small; the other core has the subprocesses
+
 PAPERS = (ivgen, aim, latentmap)
 
 
@@ -5650,7 +5652,7 @@ torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="session")
-def two_ranks(flags_of, tmp_path_factory):
+def two_ranks_started(flags_of, tmp_path_factory):
     """The folder of runs by two processes: NAME, and NAME-6, resumed from its step 6."""
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "script.py").write_text(TRAIN_EACH)
@@ -5660,9 +5662,23 @@ def two_ranks(flags_of, tmp_path_factory):
         commands.append((RUNS[name][0].FILE, [str(flag) for flag in flags]))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
                 "--standalone", folder / "script.py", HERE, json.dumps(commands)]
-    done = subprocess.run(torchrun, capture_output=True, text=True, cwd=folder,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
+    with open(folder / "said", "w") as said:
+        process = subprocess.Popen(torchrun, stdout=said, stderr=said, cwd=folder,
+                                   env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return folder, process
+
+
+@pytest.fixture(scope="session", autouse=True)
+def started_early(request):
+    """The two processes work beside the other tests, which use one core."""
+    if len({item.name.split("[")[0] for item in request.session.items}) > 20:
+        request.getfixturevalue("two_ranks_started")
+
+
+@pytest.fixture(scope="session")
+def two_ranks(two_ranks_started):
+    folder, process = two_ranks_started
+    assert process.wait(300) == 0, (folder / "said").read_text()[-3000:]
     return folder
 
 
@@ -5921,6 +5937,46 @@ def test_style(name):
             if public and length > 8 and not ast.get_docstring(part):
                 found.append((part.lineno, f"{part.name} has no docstring"))
     assert not found
+
+
+@pytest.mark.parametrize("module, name, flags, metric", [
+    (ivgen, "ivaae-2", "--dataset digits --width 8 --samples 50", "fld"),
+    (ivgen, "ivaae-fig3", "--dataset digits --width 8 --samples 50", "gradient"),
+    (aim, "2", "--width 8 --batch 50 --samples 100", "modes"),
+    (latentmap, "fig4", "--width 8 --batch 50 --samples 100", "chamfer")])
+def test_a_table_by_one_command(module, name, flags, metric, monkeypatch, tmp_path, capsys):
+    """Trains two rows, goes on where it was stopped, then prints published beside measured."""
+    table = module.TABLES[name]
+    rows = {row: cells for row, cells in table["rows"].items() if cells[0] is not None}
+    rows = {row: rows[row] for row in list(rows)[:2]} | {"Other": (None, *[9.] * 9)}
+    monkeypatch.setitem(module.TABLES, name, table | {"rows": rows})
+    command = ["--table", name, "--out", tmp_path / "t", "--steps", 2, "--eval-every", 1,
+               "--root", tmp_path, "--device", "cpu", *flags.split()]
+    assert cli(module, *command, "--report") == 0
+    assert "2 of 2 runs are not finished" in capsys.readouterr().out
+    step = data.Run.add
+    monkeypatch.setattr(data.Run, "add", lambda self, n, losses: [
+        step(self, n, losses), setattr(self, "signal", signal.SIGINT)])
+    assert cli(module, *command) == 130                         # Ctrl-C in the first row
+    monkeypatch.setattr(data.Run, "add", step)
+    assert cli(module, *command, "--seeds", 1) == 0
+    out = capsys.readouterr().out
+    assert "Departures from the paper, in every row: --steps 2" in out
+    assert "Not in this file: Other" in out and out.count("\nrun: ") == 2
+    lines = [json.loads(line) for line in (tmp_path / "t/results.jsonl").read_text().splitlines()]
+    assert {line["row"] for line in lines} == set(rows) - {"Other"}
+    for line in lines:
+        assert {"command", "protocol", "machine", "versions", "precision", "seed"} <= line.keys()
+        assert math.isfinite(line["value"])
+    assert metric in {line["metric"] for line in lines}
+    assert cli(module, *command) == 0                           # nothing is left to train
+    assert "\nrun: " not in capsys.readouterr().out
+    mean = data.measured([dict(folder=f, seed=n, command="") for n, f in enumerate(
+        sorted(path.parent for path in (tmp_path / "t").glob("*/log.jsonl")))], metric, table)
+    assert mean["n_seeds"] == 2 and mean["value"] == pytest.approx(sum(mean["values"]) / 2)
+    for wrong, words in ((["--seed", 1], "sets"), (["--seeds", 0], "out of range"),
+                         (["--table", "nine"], "invalid choice")):
+        assert cli(module, *command, *wrong) == 2 and words in capsys.readouterr().err
 
 
 # ==================================================================================================
@@ -6339,7 +6395,11 @@ def test_a_page_names_only_what_is_there(path):
     for name in re.findall(r"\]\[([^]]+)\]", text):
         assert f"\n[{name}]: " in text, name
     for command in re.findall(r"(?:ivgen|aim|latentmap)\.py(?: [^`\n#]*)?(?=[`\n#])", text):
-        if "--resume" not in command and "--help" not in command:
+        words = command.split()
+        if "--table" in words:
+            paper = next(paper for paper in PAPERS if paper.FILE in words[0])
+            assert "--table" == words[-1] or words[words.index("--table") + 1] in paper.TABLES
+        elif not {"--resume", "--help"} & set(words):
             settings_of_command(command)                        # a wrong flag raises UserError
 
 
