@@ -1161,9 +1161,13 @@ def settings_of(checkpoint, preset):
     """The settings that a checkpoint was trained with. Raises UserError if they do not fit."""
     saved = checkpoint["settings"]
     try:
-        settings = type(preset(saved["model"], saved["dataset"]))(**saved)
+        usual = preset(**{name: saved[name] for name in inspect.signature(preset).parameters})
+        settings = type(usual)(**saved)
         settings.check()
-    except (TypeError, LookupError, AttributeError, ValueError) as error:
+        for field in dataclasses.fields(usual):
+            if not field.metadata["text"] and saved[field.name] != getattr(usual, field.name):
+                raise ValueError(f"{field.name} is {saved[field.name]}")
+    except (TypeError, LookupError, AttributeError, ValueError, RuntimeError) as error:
         raise UserError("--resume: the checkpoint's settings are not of this version of the file "
                         f"({first_line(error)})") from None
     return settings

@@ -728,6 +728,7 @@ def test_what_was_changed_or_passed_over_is_counted(tmp_path, capsys):
     assert capsys.readouterr().err == ""  # It has been said.
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_all_that_cannot_be_read_is_named_at_once(tmp_path):
     """Before anything is computed; a pipe does not hang, and no other program is called."""
     folder = tmp_path / "cats"
@@ -5475,7 +5476,8 @@ def test_bad_checkpoints_end_in_one_sentence(name, copied, finished, fails):
                             lambda s: s.update({10**6: s[0]}), lambda s: s[0].update(exp_avg=1))),
             (f"was written by {other['file']}.py, not by {module.FILE}.py", other),
             ("settings are not of this version", state | {"settings": {"model": another}}),
-            ("settings are not of this version", state | {"settings": settings | {"seed": -1}}),
+            *(("settings are not of this version", state | {"settings": settings | {key: value}})
+              for key, value in (("seed", -1), ("beta2", -1.), ("width", "8"), ("model", [1]))),
             ("another shape", state | {"settings": settings | {"width": 16}}),
             ("the run has 2 ranks, and here are 1", state | {"random": state["random"] * 2}),
             ("stands at batch 99999", state | {"batches": {"epoch": 0, "position": 99999}})):
