@@ -1207,6 +1207,7 @@ def draw_samples(model, folder, n):
         flat = oblique(points)
         picture = scatter(flat, torch.zeros(n, dtype=torch.long), 1, 1.2 * flat.abs().max())
         torchvision.utils.save_image(picture, drawn.with_suffix(".png"))
+        print(f"{n} samples in {drawn}")
         return
     for old in drawn.glob("*.png"):
         old.unlink()
@@ -1216,6 +1217,7 @@ def draw_samples(model, folder, n):
             save_grid(drawn.with_suffix(".png"), images[:100])
         for i, image in enumerate(images, start):
             save_grid(drawn / f"{i:06d}.png", image)
+    print(f"{n} samples in {drawn}")
 
 
 # ---------------------------------------------------------------------------------------- benchmark
@@ -1363,6 +1365,8 @@ def open_file(path):
 
 def of_array(x):
     """Pictures (N, S, S), (N, S, S, C) or (N, C, S, S) -> (N, C, S, S); ValueError for others."""
+    if x.ndim not in (3, 4) or x.dtype.kind not in "buif":
+        raise ValueError(f"{x.dtype} of shape {x.shape}")
     if x.dtype != np.uint8:
         scaled = "(x + 1) * 127.5" if x.min() < 0 else "x * 255"
         raise ValueError(f"{x.dtype} from {x.min():.3g}: save ({scaled}).round().astype('uint8')")
