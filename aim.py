@@ -31,21 +31,25 @@ import contextlib
 import functools
 import json
 import math
+import os
+import signal
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+if __name__ == "__main__":  # Ctrl-C while torch is imported leaves no traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.utils import save_image
 
 try:
     import data
     import metrics
     from data import POINT_SETS, Settings, UserError, setting
-    from metrics import fixed_noise, save_grid, save_panels, scatter
+    from metrics import fixed_noise, save_grid, save_panels, save_picture, scatter
 except ImportError as error:
     if __name__ != "__main__":
         raise
@@ -943,10 +947,10 @@ def figures_points(model, folder, step, x, y, classes):
         if model.latent == 2:
             panels["codes, 3 sigma"] = scatter(model.encode(x), y, classes, 3)
         panels["reconstructions"] = seen(model.reconstruct(x), y)
-        save_image(panels["reconstructions"], folder / f"recon/{step:06d}.png")
+        save_picture(folder / f"recon/{step:06d}.png", panels["reconstructions"])
     points = model.decode(fixed_noise(len(x), model.latent)).cpu()
     panels["samples"] = seen(points, torch.cdist(points, centres).argmin(1))  # the component's hue
-    save_image(panels["samples"], folder / f"samples/{step:06d}.png")
+    save_picture(folder / f"samples/{step:06d}.png", panels["samples"])
     save_panels(folder / f"figures/panels-{step:06d}.png", panels)
 
 
@@ -1079,9 +1083,8 @@ def evaluate(model, evaluator, folder, step, test, classes):
     of q(z|x) over 100 test items, where it is learnt, and eval_s, the seconds all this took.
     """
     began = time.time()
-    device = model.machine.device
     figures = figures_images if model.config.size else figures_points
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with data.random_state_kept():
         torch.manual_seed(0)  # the pictures of all evaluations have the same noise
         figures(model, folder, step, *test, classes)
         result = evaluator(model)
@@ -1104,6 +1107,7 @@ def train(config, machine, folder, checkpoint=None):
     train_set, test_set = data.load_pair(config.dataset, config.root, config.size)
     batches = data.Batches(train_set, config.batch, machine.device, config.size, config.seed,
                            run.rank, run.world)
+    run.expect(train_set, test_set)
     steps = config.steps or math.ceil(config.epochs * batches.steps_per_epoch)
     if checkpoint:
         steps = max(steps, checkpoint["step"])
@@ -1115,7 +1119,7 @@ def train(config, machine, folder, checkpoint=None):
     if config.size is None:
         shown = 10_000  # Fig. 3
     test = next(data.ordered(test_set, shown, shown, "cpu", config.size))
-    start = run.begin(model, batches, data.fingerprint(train_set), steps)
+    start = run.begin(model, batches, steps)
     if config.compile:
         data.compile_networks(model)
     if start == 0:
@@ -1128,7 +1132,7 @@ def train(config, machine, folder, checkpoint=None):
             leave = run.interrupted(step)  # Ctrl-C or SIGTERM
             evaluates = step % eval_every == 0 or step == steps
             saves = evaluates or leave or step % data.SAVE_EVERY == 0
-            if saves or step % data.LOG_EVERY == 0:
+            if evaluates or step % data.LOG_EVERY == 0:
                 run.log_losses(step)
             run.status(step)
             if saves:
@@ -1148,6 +1152,7 @@ def train(config, machine, folder, checkpoint=None):
     return result
 
 
+@data.random_state_kept()
 def main(argv=None):
     """The command line; returns the exit code."""
     if data.asks_for_table(argv):
@@ -1164,8 +1169,7 @@ def main(argv=None):
     if args.sample:
         model = build(config, machine, checkpoint["channels"])
         data.restore(checkpoint, model)
-        torch.manual_seed(config.seed)
-        metrics.draw_samples(model, folder, args.sample)
+        metrics.draw_samples(model, folder, args.sample, config.seed)
         return 0
     train(config, machine, folder, checkpoint)
     print(f"run: {folder}")

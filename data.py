@@ -31,6 +31,7 @@ import contextlib
 import dataclasses
 import datetime
 import difflib
+import functools
 import hashlib
 import inspect
 import io
@@ -46,13 +47,16 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
+
+if __name__ == "__main__":  # Ctrl-C while torch is imported leaves no traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import numpy as np
 import torch
@@ -61,6 +65,11 @@ import torch.nn.functional as F
 import torchvision
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 warnings.filterwarnings("ignore", module="PIL")  # What a user has to know is said in a sentence.
 
@@ -79,12 +88,39 @@ class NotFinite(ValueError, ArithmeticError):
     code = 3
 
 
-class Interrupted(Exception):
-    """Ctrl-C or SIGTERM, signal `number`, arrived and the run was saved: exit code 128 + number."""
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM, signal `number`, arrived: ends a command with exit code 128 + number."""
 
     def __init__(self, sentence, number):
         super().__init__(sentence)
         self.code = 128 + number
+
+
+class Steady:
+    """A stream that goes on where nobody reads it any more (`| head -1`) or its disk is full."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")  # None: it was closed from the start
+        self.error = None
+        if hasattr(self.stream, "reconfigure"):  # of a name that it has no letters for
+            self.stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        return self.attempt(self.stream.write, text)
+
+    def flush(self):
+        return self.attempt(self.stream.flush)
+
+    def attempt(self, action, *given):
+        try:
+            return action(*given)
+        except (OSError, ValueError) as error:
+            self.error = error
+            with contextlib.suppress(OSError, ValueError):  # What is still buffered goes nowhere.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 class Parser(argparse.ArgumentParser):
@@ -108,25 +144,58 @@ def run_command(main, argv=None):
     2: the user can mend it; 3: a number is not finite; 128 + n: signal n. Anything else is a
     defect of ours and keeps its traceback.
     """
+    def stop(number, frame):
+        raise Interrupted("interrupted", number)
+
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(Steady, streams)
+    handlers = on_signals(stop)
+    name = Path(sys.argv[0]).name
     try:
-        return main(argv) or 0
-    except KeyboardInterrupt:  # before the loop, when there is nothing to save yet
-        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
+        code = main(argv) or 0
+        sys.stdout.flush()
+        if not isinstance(sys.stdout.error, BrokenPipeError | None):
+            raise UserError(f"what was printed is not whole ({sys.stdout.error})")
+        return code
+    except Interrupted as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return error.code
     except Exception as error:
         sentence = what_to_mend(error)
         if sentence is None:
             raise
-        print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
+        print(f"{name}: {sentence}", file=sys.stderr)
         return getattr(error, "code", 2)
     finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        sys.stdout.flush()
+        sys.stdout, sys.stderr = streams
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
 
 
+def on_signals(handler):
+    """handler(number, frame) for Ctrl-C and SIGTERM. {number: what was there before}.
+
+    Only the main thread gets signals: in another one (a notebook's, a server's) nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+
+
+@contextlib.contextmanager
+def random_state_kept():
+    """Whatever is drawn inside, the caller's random numbers go on as if nothing had been."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
+        yield
+
+
 def what_to_mend(error):
     """The sentence for an error that the user can mend; None for a defect."""
-    if isinstance(error, (UserError, NotFinite, Interrupted)):
+    if isinstance(error, (UserError, NotFinite)):
         return str(error)
     if isinstance(error, OSError) and error.errno:  # no permission, a full disk
         return str(error)
@@ -146,7 +215,7 @@ def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0][:90]
 
 
-@cache
+@functools.cache
 def say(sentence):
     """A line on stderr, once, however often there is cause for it."""
     print(sentence, file=sys.stderr)
@@ -283,12 +352,14 @@ def fixed_triples(train, test, n, seed=0):
     return Dataset(train.name, "train and test", x[index], label, 1000)
 
 
-def fingerprint(dataset):
-    """16 hexadecimal digits of a data set's content, so that a changed set is noticed."""
-    digest = hashlib.sha256(repr(tuple(dataset.x.shape)).encode())
-    for part in (dataset.x, dataset.y):
-        if part is not None:
-            digest.update(part.contiguous().numpy().data)
+def fingerprint(*datasets):
+    """16 hexadecimal digits of what data sets hold, so that a changed set is noticed."""
+    digest = hashlib.sha256()
+    for dataset in datasets:
+        digest.update(repr(tuple(dataset.x.shape)).encode())
+        for part in (dataset.x, dataset.y):
+            if part is not None:
+                digest.update(part.contiguous().numpy().data)
     return digest.hexdigest()[:16]
 
 
@@ -461,7 +532,7 @@ def _spline(n, steps, closed):
     return b + u / 2 * (c - a + u * (2 * a - 5 * b + 4 * c - d + u * (3 * (b - c) + d - a)))
 
 
-@cache
+@functools.cache
 def _glyph_tables():
     """The V glyphs of up to K points: points (V, K, 2); ends (V, 2 * SEGMENTS, K), from points to
     the first, then the second ends of segments; warp (V, K, K), from noise to a displacement.
@@ -920,13 +991,16 @@ def _plain(image, changes):
         raise ValueError("floating-point numbers, which have no fixed range")
     if getattr(image, "is_animated", False):
         changes.append("the first of several frames")
+    if ";16" in str(image.tile):  # how the file stores colours of 16 bits, of which Pillow keeps 8
+        changes.append("16 bits, scaled to 8")
     image.load()
     if image.getexif().get(ExifTags.Base.Orientation) in range(2, 9):
         changes.append("turned upright")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion clips at 255
         values = np.asarray(image).clip(0, 65535)
-        changes.append("16 bits, scaled to 8")
+        if not changes.count("16 bits, scaled to 8"):  # an int32 TIFF
+            changes.append("16 bits, scaled to 8")
         if values.max() < 4096:
             changes.append("nearly black, as no value of 65,535 is above 4,095: rescale them")
         return Image.fromarray((values / 257).round().astype(np.uint8))
@@ -985,7 +1059,7 @@ def hardware(device="auto", amp="auto"):
         raise UserError("the environment's RANK is not below its WORLD_SIZE; use torchrun")
     if world > 1 and not dist.is_initialized():
         try:  # The ranks meet soon or never. Later the others wait while rank 0 evaluates.
-            soon = datetime.timedelta(seconds=30)
+            soon = datetime.timedelta(seconds=20)  # of which torch may take twice
             store, rank, world = next(dist.rendezvous("env://", timeout=soon))
             dist.init_process_group(backend, store=store, rank=rank, world_size=world,
                                     timeout=datetime.timedelta(hours=4))
@@ -1046,6 +1120,7 @@ class Settings:
     eval_every: int | None = setting(None, "steps between evaluations", int, 1)
     samples: int | None = setting(None, "generated images a metric is computed from", int, 20)
     inception: str | None = setting(None, "weights for fid: auto (downloads), a path, off", str)
+    tensorboard: bool = setting(False, "also write scalars and pictures for TensorBoard")
 
     def check(self):
         """Raises UserError, in one sentence, for a value of another type or out of its range."""
@@ -1062,14 +1137,19 @@ class Settings:
                 raise UserError(f"{flag} {value} is not one of {', '.join(about['choices'])}")
             if kind is str and not value:
                 raise UserError(f"{flag} is empty")
-            if about["least"] is not None and not value >= about["least"]:
+            if value != value:
+                raise UserError(f"{flag} {value} is not a number")
+            if about["least"] is not None and value < about["least"]:
                 raise UserError(f"{flag} {value} is too small: at least {about['least']:g}")
-            if kind in (int, float) and not value <= about["most"]:
+            if kind in (int, float) and value > about["most"]:
                 raise UserError(f"{flag} {value} is too large: at most {about['most']:g}")
 
 
 FREE = ("dataset", "root", "steps", "epochs", "amp", "compile", "eval_every", "samples",
-        "inception")  # what may change when resuming; the data by its place, not by its content
+        "inception", "tensorboard")  # what may change when resuming; of the data only the place
+
+
+COMMAND = list(sys.argv)  # as config.json keeps it
 
 
 def flag_of(name):
@@ -1098,6 +1178,8 @@ def parse(argv, file, about, preset, extra=None, tables=()):
     its name, and when resuming only fields in FREE may change. extra(parser, instead) adds a file's
     own. Raises UserError.
     """
+    if argv is not None:  # from a notebook
+        COMMAND[:] = [f"{file}.py", *map(str, argv)]
     first = Parser(add_help=False, allow_abbrev=False)
     names = inspect.signature(preset).parameters
     for name in (*names, "resume"):
@@ -1215,7 +1297,7 @@ def read_saved(path, **options):
 
 CHECKPOINT = dict(file=str, settings=dict, step=int, data=str, channels=int, weights=dict,
                   optimisers=dict, scaler=dict, batches=dict(epoch=int, position=int),
-                  random=[[Tensor]])
+                  random=[[Tensor]], losses=[list])
 SCALER = dict(scale=float, growth_factor=float, backoff_factor=float, growth_interval=int,
               _growth_tracker=int)
 
@@ -1305,7 +1387,7 @@ SAVE_EVERY = 500
 def run_folder(args, default):
     """The run's folder: that of --resume, or the first free name of --out, NAME, NAME-2, ...
 
-    Raises UserError if --out holds something else than the run that is to be continued in it.
+    Raises UserError if it holds something else than the run that is to be continued in it.
     """
     out = Path(os.path.expanduser(args.out or default))
     if args.resume is None:
@@ -1314,6 +1396,9 @@ def run_folder(args, default):
     resumed = Path(os.path.expanduser(args.resume))
     resumed = resumed.parent if resumed.is_file() else resumed
     if args.out is None or out.resolve() == resumed.resolve():
+        if not (resumed / "log.jsonl").exists():
+            raise UserError(f"--resume: {resumed} holds a checkpoint, but it is no run's folder; "
+                            "give the --out of a new one")
         return resumed
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"--out {out} holds something else; give a new folder, or leave it out to "
@@ -1351,9 +1436,11 @@ class Run:
     samples/, recon/, figures/   pictures by step
     last.pt, best.pt             checkpoints: the latest, and that of the best evaluation
     drawn/, probe-NAME.jsonl     what --sample and --probe leave
+    tensorboard/                 with --tensorboard: losses, metrics, samples, reconstructions
 
     It is made before anything is computed; what was there before changes only once the loop begins.
-    Raises UserError if the folder cannot be written, or the run has another number of ranks.
+    Until it ends no other run can write there. Raises UserError if the folder cannot be written or
+    is among the pictures of the data set, and if the run has another number of ranks.
     """
 
     def __init__(self, folder, file, settings, machine, checkpoint=None):
@@ -1369,6 +1456,7 @@ class Run:
         self.signal = 0
         self.step = 0
         self.losses = []
+        self.board = None
         self.text = ""
         self.shown = 0.0
         ranks = len(checkpoint["random"]) if checkpoint else self.world
@@ -1382,14 +1470,34 @@ class Run:
             self.open_folder()
 
     def open_folder(self):
-        """Makes the folder and opens its log."""
+        """Makes the folder, for this run alone, and opens its log."""
+        dataset = self.settings.dataset
+        if self.folder.resolve().is_relative_to(Path(dataset).resolve()) and os.sep in dataset:
+            raise UserError(f"the run folder {self.folder} is inside its data set, which would get "
+                            "the run's pictures; choose another with --out")
         try:
             for name in ("samples", "recon", "figures"):
                 (self.folder / name).mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.folder / ".lock", "w")
             self.log_file = open(self.folder / "log.jsonl", "a")
         except OSError as error:
             raise UserError(f"cannot write to the run folder {self.folder}: {error.strerror}; "
                             "choose another with --out") from None
+        try:
+            if fcntl:
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another run writes to {self.folder}; wait for its end, or choose "
+                            "another folder with --out") from None
+        if self.settings.tensorboard:
+            self.open_board()
+
+    def open_board(self):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError("--tensorboard needs a package: pip install tensorboard") from None
+        self.board = SummaryWriter(self.folder / "tensorboard")
 
     def write_config(self):
         """config.json, with the commands that were there before."""
@@ -1397,21 +1505,27 @@ class Run:
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
             before = json.loads((self.folder / "config.json").read_text())
             earlier = [*before.get("earlier_commands", ()), before["command"]]
-        about = dict(command=" ".join(sys.argv), earlier_commands=earlier, world=self.world,
+        about = dict(command=" ".join(COMMAND), earlier_commands=earlier, world=self.world,
                      device=str(self.machine.device), precision=self.machine.amp)
         about = dataclasses.asdict(self.settings) | about | versions()
         save_atomic(json.dumps(about, indent=1) + "\n", self.folder / "config.json", write_text)
 
-    def begin(self, model, batches, data, steps):
+    def expect(self, *datasets):
+        """Notes what the data are. Raises UserError if the run that goes on here had others."""
+        self.data = fingerprint(*datasets)
+        self.other_data = bool(self.checkpoint) and self.checkpoint["data"] != self.data
+        if self.other_data and self.continues:
+            raise UserError(f"--resume: {self.settings.dataset} holds other data than the run was "
+                            "trained on; --out NEW starts a new run from its weights")
+
+    def begin(self, model, batches, steps):
         """Puts a checkpoint back, and lets the ranks train one model. Returns the steps done.
 
-        data: the fingerprint of the training set; steps: the length of the run. Raises UserError
-        if the checkpoint is of other networks, or of other data: only in a new folder do other data
-        start a new run from these weights.
+        steps: the length of the run. In a new folder other data start a new run from the
+        checkpoint's weights. Raises UserError if it is of other networks.
         """
         self.model = model
         self.batches = batches
-        self.data = data
         self.steps = steps
         torch.manual_seed(self.settings.seed + 1000 * self.rank)  # each rank has its own noise
         if self.checkpoint:
@@ -1429,12 +1543,8 @@ class Run:
 
     def put_back(self, state):
         """Goes on from a checkpoint. Raises UserError, as `begin` says, if that cannot be."""
-        new = state["data"] != self.data
-        if new and self.continues:
-            raise UserError(f"--resume: {self.settings.dataset} holds other data than the run was "
-                            "trained on; --out NEW starts a new run from its weights")
         restore(state, self.model)
-        if new:
+        if self.other_data:
             say(f"{self.settings.dataset} holds other data than the run was trained on: this is a "
                 "new run, from step 0, that begins with its weights")
             self.model.iteration = 0
@@ -1442,6 +1552,7 @@ class Run:
         if fits(state["scaler"], SCALER):  # empty where the run was not of fp16 so far
             self.machine.scaler.load_state_dict(state["scaler"])
         self.batches.load_state_dict(state["batches"])
+        self.losses = [(at, name, torch.tensor(value)) for at, name, value in state["losses"]]
         try:
             mine = state["random"][self.rank]
             for set_state, saved in zip(self.generators("set_rng_state"), mine):
@@ -1476,8 +1587,7 @@ class Run:
         def note(number, frame):
             self.signal = number
 
-        signals = (signal.SIGINT, signal.SIGTERM)
-        self.handlers = {number: signal.signal(number, note) for number in signals}
+        self.handlers = on_signals(note)
         if self.main:
             self.write_config()
             self.forget_after(self.model.iteration)
@@ -1488,6 +1598,11 @@ class Run:
             signal.signal(number, handler)
         if self.main:
             self.log_file.close()
+            self.lock.close()
+        if self.board:
+            self.board.close()
+        if error is None and self.signal:  # it came during the last evaluation
+            self.leave(self.step)
         if isinstance(error, NotFinite):  # a loss, a weight, or what an evaluation found
             raise NotFinite(f"step {self.step}: {error}; the last good checkpoint is "
                             f"{self.folder / 'last.pt'}") from None
@@ -1527,6 +1642,9 @@ class Run:
         for name, value in values.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise NotFinite(f"'{name}' is {value}")
+        for name, value in values.items() if self.board else ():
+            if isinstance(value, int | float):
+                self.board.add_scalar(name, value, step)
         if self.main:
             epoch = round(step / self.batches.steps_per_epoch, 3)
             self.log_file.write(json.dumps({"step": step, "epoch": epoch} | values) + "\n")
@@ -1548,6 +1666,10 @@ class Run:
         precision = {"off": "float32"}.get(self.machine.amp, self.machine.amp)
         protocol = f"{metrics.get('protocol', '')}; trained in {precision}".lstrip("; ")
         self.log(step, steps=self.steps, **metrics | {"protocol": protocol})
+        for name in ("samples", "recon") if self.board else ():
+            path = self.folder / f"{name}/{step:06d}.png"
+            if path.exists():
+                self.board.add_image(name, read_picture(path)[0], step)
         shown = {k: f"{v:.4g}" if isinstance(v, (int, float)) else v for k, v in metrics.items()
                  if k != "protocol" and not isinstance(v, list)}
         print("\r\033[K" if sys.stderr.isatty() else "", end="", file=sys.stderr, flush=True)
@@ -1590,7 +1712,8 @@ class Run:
                 file=self.file, settings=dataclasses.asdict(self.settings), step=step,
                 best=self.best, data=self.data, channels=self.batches.dataset.channels,
                 weights=self.model.state_dict(), optimisers=optimisers, random=every,
-                scaler=self.machine.scaler.state_dict(), batches=self.batches.state_dict())
+                scaler=self.machine.scaler.state_dict(), batches=self.batches.state_dict(),
+                losses=[[at, name, value.item()] for at, name, value in self.losses])
             save_atomic(state, self.folder / name)
 
     def leave(self, step):
@@ -1642,8 +1765,9 @@ def run_table(argv, file, tables, main):
     lines, text = table_text(f"{file} {args.table}", table, runs)
     text += ["", *table_notes(table, flags, runs, lines, missing)]
     if lines:
-        (folder / "table.md").write_text("\n".join(text) + "\n")
-        (folder / "results.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+        save_atomic("\n".join(text) + "\n", folder / "table.md", write_text)
+        numbers = "".join(json.dumps(line) + "\n" for line in lines)
+        save_atomic(numbers, folder / "results.jsonl", write_text)
     print("\n".join(text))
     return 0
 
@@ -1825,15 +1949,15 @@ def main(argv=None):
     parser.add_argument("--out", help="the sheet (default: NAME-SPLIT.png)")
     args = parser.parse_args(argv)
     folder = Path(os.path.expanduser(args.name)).resolve()
+    if args.out and not args.out.lower().endswith(".png"):
+        raise UserError(f"--out {args.out} is no name for the sheet: it has to end in .png")
     inside = Path(args.out or "sheet.png").resolve().is_relative_to(folder)
     if args.name not in IMAGE_SETS + POINT_SETS and inside:
         raise UserError(f"the sheet would be one of the pictures in {folder}: give another --out")
     dataset = load(args.name, args.root, args.size, args.split)
     out = args.out or f"{dataset.name}-{dataset.split}.png"
-    try:
-        Image.fromarray(sheet(dataset).permute(1, 2, 0).squeeze(2).numpy()).save(out)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{out} cannot be written ({error}): give another --out") from None
+    picture = Image.fromarray(sheet(dataset).permute(1, 2, 0).squeeze(2).numpy())
+    save_atomic(picture, out, functools.partial(Image.Image.save, format="PNG"))
     x = dataset.x
     print(f"{dataset.name} ({dataset.split}): {str(x.dtype)[6:]} {tuple(x.shape)} "
           f"from {x.min():g} to {x.max():g}")

@@ -35,13 +35,17 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import pathlib
+import signal
 import sys
 import time
 
+if __name__ == "__main__":  # Ctrl-C while torch is imported leaves no traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import nn
 
 try:
@@ -596,7 +600,11 @@ class GAN(nn.Module):
         return self.decode(self.prior(n))
 
     def encode(self, x):
-        """Images (n, C, S, S) in [-1, 1] -> codes (n, d). ValueError where there is no encoder."""
+        """Images (n, C, S, S) in [-1, 1] -> codes (n, d). ValueError where there is no encoder.
+
+        E's running statistics lag behind its weights. After bare steps take them anew (D12):
+        torch.optim.swa_utils.update_bn(batches of images, model.E).
+        """
         if self.E is None:
             raise ValueError(f"{self.config.model} has no encoder")
         with self.machine.inference(self):
@@ -1224,7 +1232,7 @@ def figures_ivaae(model, folder, step, x, codes):
         metrics.save_grid(folder / f"figures/interpolations-{step:06d}.png", model.decode(lines))
     heat = torch.cov(codes.T).abs().clamp(max=1)[None, None]    # Fig. 6: bright is close to 1
     heat = F.interpolate(heat, scale_factor=max(1, 512 // heat.shape[-1]))
-    torchvision.utils.save_image(heat, folder / f"figures/covariance-{step:06d}.png")
+    metrics.save_picture(folder / f"figures/covariance-{step:06d}.png", heat[0])
 
 
 def probe_discriminator(model, batches, steps):
@@ -1439,6 +1447,7 @@ def train(config, machine, folder, checkpoint=None):
         train_set = data.fixed_triples(train_set, test_set, config.triples)             # D22
     batches = data.Batches(train_set, config.batch, machine.device, config.size, config.seed,
                            run.rank, run.world)
+    run.expect(train_set, test_set)
     steps = config.steps or math.ceil(config.epochs * batches.steps_per_epoch)
     if checkpoint:
         steps = max(steps, checkpoint["step"])
@@ -1456,7 +1465,7 @@ def train(config, machine, folder, checkpoint=None):
         evaluator = metrics.Evaluator(labelled, test_set, config.size, machine.device, config.root,
                                       samples, weights)
     x_test, _ = next(data.ordered(test_set, 100, 100, "cpu", config.size))
-    start = run.begin(model, batches, data.fingerprint(train_set), steps)
+    start = run.begin(model, batches, steps)
     if config.compile:
         data.compile_networks(model)
     if start == 0:
@@ -1472,7 +1481,7 @@ def train(config, machine, folder, checkpoint=None):
             leaves = run.interrupted(step)                      # Ctrl-C or SIGTERM
             evaluates = step % eval_every == 0 or step == steps
             saves = evaluates or leaves or step % data.SAVE_EVERY == 0
-            if saves or step % data.LOG_EVERY == 0:
+            if evaluates or step % data.LOG_EVERY == 0:
                 run.log_losses(step)
             run.status(step)
             if saves:
@@ -1517,7 +1526,7 @@ def probe(config, machine, checkpoint, folder, which, steps=None):
         lines = probe_classifier(model, batches, test_set, steps or 3000)
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(line) + "\n" for line in lines)
-    (folder / f"probe-{which}.jsonl").write_text(text)
+    data.save_atomic(text, folder / f"probe-{which}.jsonl", data.write_text)
     after = checkpoint["step"]
     for name in lines[0].keys() - {"iteration", "protocol"}:
         curve = {config.model: [(line["iteration"], line[name]) for line in lines]}
@@ -1526,6 +1535,7 @@ def probe(config, machine, checkpoint, folder, which, steps=None):
     print(json.dumps({"model": config.model, "probe": which, "after_step": after} | lines[-1]))
 
 
+@data.random_state_kept()
 def main(argv=None):
     """The command line; returns the exit code. Raises UserError for what the user can mend."""
     def probes(parser, instead):
@@ -1550,8 +1560,7 @@ def main(argv=None):
     elif args.sample:
         model = build(config, machine, checkpoint["channels"])
         data.restore(checkpoint, model)
-        torch.manual_seed(config.seed)
-        metrics.draw_samples(model, folder, args.sample)
+        metrics.draw_samples(model, folder, args.sample, config.seed)
     else:
         train(config, machine, folder, checkpoint)
         print(f"run: {folder}")

@@ -30,13 +30,17 @@ import copy
 import dataclasses
 import json
 import math
+import os
 import pathlib
+import signal
 import sys
 import time
 
+if __name__ == "__main__":  # Ctrl-C while torch is imported leaves no traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
@@ -1144,8 +1148,8 @@ def figures_of_points(model, folder, step, x, labels, classes):
     panels = {"data": dots(x, reach, labels, classes),
               "reconstructions": dots(model.decode(code), reach, labels, classes),
               "samples": dots(points, reach, labels[nearest], classes)}
-    torchvision.utils.save_image(panels["samples"], folder / f"samples/{step:06d}.png")
-    torchvision.utils.save_image(panels["reconstructions"], folder / f"recon/{step:06d}.png")
+    metrics.save_picture(folder / f"samples/{step:06d}.png", panels["samples"])
+    metrics.save_picture(folder / f"recon/{step:06d}.png", panels["reconstructions"])
     metrics.save_panels(folder / f"figures/panels-{step:06d}.png", panels)
     draw_codes(folder / f"figures/codes-{step:06d}.png", code, made, z, labels, classes)
 
@@ -1307,10 +1311,9 @@ def evaluate(model, evaluator, folder, step, test, classes):
     LatentMap's g has not been trained, so that what it makes says nothing.
     """
     began = time.time()
-    device = model.machine.device
     points = model.config.kind == "points"
     first_phase = step <= model.map_from
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with data.random_state_kept():
         torch.manual_seed(0)  # evaluations compare models, not draws
         (figures_of_points if points else figures_of_images)(model, folder, step, *test, classes)
         if points:
@@ -1346,6 +1349,7 @@ def train(config, machine, folder, checkpoint=None):
     train_set, test_set = data.load_pair(config.dataset, config.root, config.size)
     batches = data.Batches(train_set, config.batch, machine.device, config.size, config.seed,
                            run.rank, run.world)
+    run.expect(train_set, test_set)
     steps = config.steps or math.ceil(config.epochs * batches.steps_per_epoch)
     if checkpoint:
         steps = max(steps, checkpoint["step"])
@@ -1355,7 +1359,7 @@ def train(config, machine, folder, checkpoint=None):
     evaluator = make_evaluator(config, machine, train_set, test_set) if run.main else None
     shown = 5000 if config.kind == "points" else 2000
     test = next(data.ordered(test_set, shown, shown, "cpu", config.size))
-    start = run.begin(model, batches, data.fingerprint(train_set), steps)
+    start = run.begin(model, batches, steps)
     if start < steps <= model.map_from and checkpoint:  # a resumed run keeps its own boundary
         raise UserError(f"--steps {steps} ends within the first phase, and g would stay untrained: "
                         f"this run needs more than {model.map_from}")
@@ -1374,7 +1378,7 @@ def train(config, machine, folder, checkpoint=None):
             leaves = run.interrupted(step)  # Ctrl-C or SIGTERM
             evaluates = step % eval_every == 0 or step == steps
             saves = evaluates or leaves or step % data.SAVE_EVERY == 0
-            if saves or step % data.LOG_EVERY == 0:
+            if evaluates or step % data.LOG_EVERY == 0:
                 run.log_losses(step)
             run.status(step)
             if saves:
@@ -1393,6 +1397,7 @@ def train(config, machine, folder, checkpoint=None):
     return result
 
 
+@data.random_state_kept()
 def main(argv=None):
     """The command line; returns the exit code. Raises UserError for what the user can mend."""
     if data.asks_for_table(argv):
@@ -1413,9 +1418,7 @@ def main(argv=None):
         if 0 < model.iteration <= model.map_from:
             raise UserError(f"--sample: step {model.iteration} is in the first phase, and g "
                             f"untrained; train beyond step {model.map_from}")
-        torch.manual_seed(config.seed)
-        metrics.draw_samples(model, folder, args.sample)
-        print(f"{args.sample} samples of step {model.iteration} in {folder / 'drawn'}")
+        metrics.draw_samples(model, folder, args.sample, config.seed)
     else:
         train(config, machine, folder, checkpoint)
         print(f"run: {folder}")

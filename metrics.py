@@ -27,17 +27,22 @@ sigma as pytorch-fid writes them; uint8 pictures as one array, .npy, or arr_0 in
 """
 
 import colorsys
+import functools
 import hashlib
 import itertools
 import json
 import math
 import os
+import signal
 import sys
 import time
 from collections import Counter, OrderedDict
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+if __name__ == "__main__":  # Ctrl-C while torch is imported leaves no traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import numpy as np
 import torch
@@ -54,7 +59,7 @@ try:
         SUFFIXES, Dataset, NotFinite, Parser, UserError, cache_dir, compile_networks, find_pictures,
         fingerprint, first_line, fits, hardware, load, multiplies_bf16, oblique, ordered,
         read_pictures, read_saved, run_command, save_atomic, say_passed, to_float, to_uint8,
-        whole_name)
+        whole_name, write_text)
 except ImportError as error:
     if __name__ != "__main__":
         raise
@@ -335,7 +340,7 @@ class InceptionFeatures:
     def __init__(self, weights="auto", device="cpu", flavour="pytorch-fid", amp=None):
         if flavour not in ("pytorch-fid", "tf") or amp not in (None, "off", "bf16"):
             raise UserError(f"Inception features have no flavour {flavour} with amp {amp}")
-        self.net = load_inception(weights).to(device)
+        self.net = weights and load_inception(weights).to(device)  # None: statistics alone
         self.device = torch.device(device)
         self.flavour = flavour
         self.amp = "bf16" if amp == "bf16" else None
@@ -1128,10 +1133,19 @@ def fixed_noise(n, d, seed=0):
     return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
 
 
+def save_picture(path, picture):
+    """A Pillow image, or a tensor (C, H, W) in [0, 1], as a PNG: never half of one."""
+    write = Image.Image.save
+    if isinstance(picture, torch.Tensor):
+        write = torchvision.utils.save_image
+    save_atomic(picture, path, functools.partial(write, format="PNG"))
+
+
 def save_grid(path, x, columns=10):
     """Images (n, C, S, S) in [-1, 1] as one picture, row by row; or one image (C, S, S)."""
-    torchvision.utils.save_image(x.float().cpu(), path, nrow=columns, normalize=True,
-                                 value_range=(-1, 1), padding=1)
+    grid = torchvision.utils.make_grid(x.float().cpu(), nrow=columns, normalize=True,
+                                       value_range=(-1, 1), padding=1)
+    save_picture(path, grid)
 
 
 def scatter(points, labels, classes, reach, side=420):
@@ -1155,7 +1169,7 @@ def save_panels(path, panels):
     for n, title in enumerate(panels):
         at = (8 + n * wide.shape[2] // len(panels), 4)
         ImageDraw.Draw(image).text(at, title, fill="black")
-    image.save(path)
+    save_picture(path, image)
 
 
 def draw_curves(path, curves, title):
@@ -1180,7 +1194,7 @@ def draw_curves(path, curves, title):
         colour = colours[n % len(colours)]
         draw.line([place(x, y) for x, y in curve], fill=colour, width=2)
         draw.text((490, 30 + 14 * n), name, fill=colour)
-    picture.save(path)
+    save_picture(path, picture)
 
 
 def draw_log_curves(folder, names, title_of_run, skip=None):
@@ -1194,19 +1208,19 @@ def draw_log_curves(folder, names, title_of_run, skip=None):
             draw_curves(folder / f"figures/{name}.png", curve, f"{name} by epoch, {title_of_run}")
 
 
-def draw_samples(model, folder, n):
+def draw_samples(model, folder, n, seed=0):
     """n samples of `model` in FOLDER/drawn, NNNNNN.png or points.csv, and as FOLDER/drawn.png."""
     drawn = Path(folder) / "drawn"
     drawn.mkdir(parents=True, exist_ok=True)
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
-        one = finite(model.sample(1), "samples")
+    one = finite(model.sample(1), "samples")
+    torch.manual_seed(seed)
     if one.ndim == 2:
         points = finite(model.sample(n), "samples").cpu()
         rows = [",".join(f"{value:.6g}" for value in row) + "\n" for row in points.tolist()]
-        (drawn / "points.csv").write_text("".join(rows))
+        save_atomic("".join(rows), drawn / "points.csv", write_text)
         flat = oblique(points)
         picture = scatter(flat, torch.zeros(n, dtype=torch.long), 1, 1.2 * flat.abs().max())
-        torchvision.utils.save_image(picture, drawn.with_suffix(".png"))
+        save_picture(drawn.with_suffix(".png"), picture)
         print(f"{n} samples in {drawn}")
         return
     for old in drawn.glob("*.png"):
@@ -1467,10 +1481,11 @@ def compare(a, b, extract, wanted, args):
     return {name: x for name, x in result.items() if x is not None} | {"protocol": protocol}
 
 
-def features_for(wanted, a, name, device, args):
-    """The extractors that the wanted numbers need; `name` is what the source `a` was called."""
+def features_for(wanted, sources, name, device, args):
+    """The extractors that the wanted numbers need; `name` is what the first source was called."""
     extractors = []
     if "fcd" in wanted:
+        a = sources[0]
         if a.kind != "dataset" or not is_labelled(a.content) or a.content.stacked:
             raise UserError("--fcd needs a labelled data set as A, for instance mnist:test, or a "
                             f"folder with one of pictures for each class, not {name}")
@@ -1480,7 +1495,9 @@ def features_for(wanted, a, name, device, args):
             sets[split] = load(place, args.root, args.size, split)
         extractors.append(ClassifierFeatures(**sets, device=device, root=args.root))
     if wanted - {"fcd"}:
-        extractors.append(InceptionFeatures(args.weights, device, args.flavour, args.amp))
+        counted = all(source.kind == "statistics" for source in sources)
+        weights = None if counted else args.weights
+        extractors.append(InceptionFeatures(weights, device, args.flavour, args.amp))
     return extractors
 
 
@@ -1505,7 +1522,7 @@ def run(args):
     sources = [open_source(name, args, "fcd" in wanted and name == names[0]) for name in names]
     check_source(sources[0], wanted - {"is"}, [])
     check_source(sources[-1], wanted, [])
-    extractors = features_for(wanted, sources[0], names[0], device, args)
+    extractors = features_for(wanted, sources, names[0], device, args)
     for source in sources:
         check_source(source, [], extractors)
     if saving:

@@ -24,9 +24,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -696,6 +698,14 @@ def test_unusual_pictures(tmp_path):
     sixteen = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
     got = read(Image.fromarray(sixteen))
     assert got.shape == (1, 16, 16) and np.abs(got[0].astype(float) - sixteen / 257).max() <= 0.5
+    rows = b"".join(b"\0" + bytes([200, 100, 50, 100, 0, 100] * 16) for _ in range(16))
+    png = b"\x89PNG\r\n\x1a\n"
+    header = b"IHDR" + b"\0\0\0\x10\0\0\0\x10\x10\x02\0\0\0"
+    for part in (header, b"IDAT" + zlib.compress(rows), b"IEND"):
+        png += (len(part) - 4).to_bytes(4, "big") + part + zlib.crc32(part).to_bytes(4, "big")
+    (tmp_path / "x.png").write_bytes(png)  # 16 x 16 RGB of 16 bits, which Pillow cannot write
+    got, changes = data.read_picture(tmp_path / "x.png")
+    assert got[:, 3, 3].tolist() == [200, 50, 0] and changes == [said]
     said = "nearly black, as no value of 65,535 is above"
     assert read(Image.fromarray(sixteen // 16)).max() == 16  # 12 bits stored in 16
     assert read(Image.fromarray(sixteen.astype(np.int32) // 256), "tif").max() == 1
@@ -2879,7 +2889,7 @@ def test_a_run_on_fixed_triples(tmp_path, monkeypatch):
     assert cli(ivgen, *flags, "--device", "cpu", "--amp", "off") == 0
     assert all(d is pair[0] or d is pair[1] for d in learned)
     state = saved(run)
-    assert state["data"] == data.fingerprint(data.fixed_triples(*pair, 130))
+    assert state["data"] == data.fingerprint(data.fixed_triples(*pair, 130), pair[1])
     assert state["batches"] == {"epoch": 1, "position": 1} and state["channels"] == 3
     assert log_of(run)[-1]["modes"] > 0
     assert cli(ivgen, "--resume", run, "--steps", 4, "--device", "cpu") == 0
@@ -5055,6 +5065,148 @@ def test_ctrl_c_and_sigterm_save_and_leave(name, flags_of, finished, tmp_path, m
         assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
         flags = ["--resume", run, "--device", "cpu"]
     assert_same(saved(run), saved(finished(name)))
+    assert timeless(run) == timeless(finished(name))
+
+
+@for_each_file
+def test_a_signal_is_heard_before_the_loop_and_in_the_last_evaluation(name, flags_of, tmp_path,
+                                                                      monkeypatch, capsys):
+    module = RUNS[name][0]
+    for function, code in (("build", 143), ("evaluate", 130)):
+        original = getattr(module, function)
+
+        def stopped(*args):
+            os.kill(os.getpid(), {143: signal.SIGTERM, 130: signal.SIGINT}[code])
+            return original(*args)
+
+        run = tmp_path / function
+        with monkeypatch.context() as patch:
+            patch.setattr(module, function, stopped)
+            assert cli(module, *flags_of(name, "--steps", 2, "--out", run)) == code
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert said.endswith("interrupted" if code == 143 else f"continue with --resume {run}")
+    assert saved(run)["step"] == 2 and "mse" in log_of(run)[-1]
+
+
+def test_ctrl_c_while_torch_is_imported(tmp_path):
+    (tmp_path / "torch.py").write_text("import time\nprint('here', flush=True)\ntime.sleep(60)\n")
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    for name in PRODUCT:
+        process = subprocess.Popen([sys.executable, HERE / f"{name}.py"], env=env, text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert process.stdout.readline() == "here\n"
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=30)[1] == "" and process.returncode == 130
+
+
+def test_every_file_is_imported_where_there_is_no_unix():
+    missing = "import sys; sys.modules.update(fcntl=None, resource=None); "
+    subprocess.run([sys.executable, "-c", f"{missing}import {', '.join(PRODUCT)}"], cwd=HERE,
+                   check=True)
+
+
+@for_each_file
+def test_a_folder_has_one_writer(name, copied, fails):
+    """Another process holds the run. When it is gone, the run goes on."""
+    run = copied(name)
+    script = ("import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); "
+              "print('held', flush=True); input()")
+    holder = subprocess.Popen([sys.executable, "-c", script, run / ".lock"],
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == b"held\n"
+    before = {path: path.read_bytes() for path in run.glob("*.*")}
+    fails(f"another run writes to {run}", RUNS[name][0], "--resume", run, "--steps", 9)
+    assert before == {path: path.read_bytes() for path in run.glob("*.*")}
+    holder.communicate(b"\n")
+    assert resume(name, run, "--steps", 9) == 0
+
+
+@for_each_file
+def test_a_run_is_not_among_its_own_pictures(name, pictures, flags_of, fails, monkeypatch):
+    module = RUNS[name][0]
+    flags = flags_of(f"{name}-images" if name != "ivlsgan" else name, "--steps", 1)
+    monkeypatch.chdir(pictures)
+    for more in (("--out", pictures / "run"), ("--dataset", ".")):
+        fails("is inside its data set", module, *flags, *more)
+    assert not (pictures / "run").exists() and not (pictures / "runs").exists()
+
+
+class Lost(io.StringIO):
+    """A stream without a reader, or on a full disk."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def write(self, text):
+        raise self.error
+
+
+@for_each_file
+@pytest.mark.parametrize("error, code", [
+    (BrokenPipeError(32, "Broken pipe"), 0), (OSError(28, "No space left on device"), 2)])
+def test_nobody_has_to_read_what_a_run_prints(name, error, code, flags_of, tmp_path, monkeypatch):
+    """`| head -1`, a full disk, a closed stderr: the run goes on; of a full disk the code tells."""
+    run = tmp_path / "run"
+    monkeypatch.setattr(sys, "stdout", Lost(error))
+    monkeypatch.setattr(sys, "stderr", None)
+    assert cli(RUNS[name][0], *flags_of(name, "--steps", 2, "--out", run)) == code
+    assert saved(run)["step"] == 2 and sys.stderr is None
+
+
+def test_a_closed_pipe_leaves_no_message(tmp_path):
+    """The buffer that Python flushes at its end included."""
+    script = "import sys, data; sys.exit(data.run_command(lambda argv: print('x' * 100_000)))"
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=HERE, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait(60) == 0
+
+
+@for_each_file
+def test_a_notebook_s_thread_trains_and_keeps_its_random_numbers(name, flags_of, tmp_path):
+    module = RUNS[name][0]
+    flags = [str(flag) for flag in flags_of(name, "--steps", 2, "--out", tmp_path / "run")]
+    codes = []
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    thread = threading.Thread(target=lambda: codes.append(module.main(flags)))
+    thread.start()
+    thread.join()
+    assert codes == [0] and torch.equal(torch.rand(3), expected)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["command"] == " ".join([f"{module.FILE}.py", *flags])
+
+
+@for_each_file
+def test_tensorboard_gets_scalars_and_pictures_or_one_sentence(name, flags_of, tmp_path, fails,
+                                                               monkeypatch):
+    module = RUNS[name][0]
+    seen = []
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            seen.append(("folder", folder))
+
+        def __getattr__(self, verb):
+            return lambda *args: seen.append((verb, *args))
+
+    stub = types.SimpleNamespace(SummaryWriter=SummaryWriter)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", stub)
+    run = tmp_path / "run"
+    flags = flags_of(name, "--steps", 3, "--tensorboard", "--eval-every", 2, "--out")
+    assert cli(module, *flags, run) == 0
+    assert seen[0] == ("folder", run / "tensorboard") and seen[-1] == ("close",)
+    scalars = {(key, step): value for verb, key, value, step in seen[1:-1] if verb == "add_scalar"}
+    logged = {(key, line["step"]): value for line in log_of(run) for key, value in line.items()
+              if isinstance(value, int | float) and key not in ("step", "epoch")}
+    assert scalars == logged and {("mse", 2), ("mse", 3)} <= scalars.keys()
+    shown = {(key, step): value for verb, key, value, step in seen[1:-1] if verb == "add_image"}
+    assert shown.keys() == {(key, step) for key in ("samples", "recon") for step in (2, 3)}
+    assert all(image.dtype == np.uint8 and image.shape[0] in (1, 3) for image in shown.values())
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    fails("--tensorboard needs a package: pip install tensorboard", module, *flags, tmp_path / "2")
 
 
 @pytest.mark.parametrize("name", ["ivlsgan", "aim-images", "latentmap-images"])
@@ -5068,11 +5220,10 @@ def test_a_run_is_continued_from_within_its_folder(name, flags_of, pictures, tmp
     monkeypatch.chdir(here / "run")
     (here / "first").rename(here / "second")
     assert resume(name, ".", "--steps", 4) == 2
-    monkeypatch.setattr(sys, "argv", ["third"])
     assert resume(name, ".", "--steps", 4, "--dataset", here / "second") == 0
     config = json.loads(Path("config.json").read_text())
-    assert config["dataset"] == str(here / "second") and config["command"] == "third"
-    assert config["earlier_commands"]
+    assert config["dataset"] == str(here / "second") and len(config["earlier_commands"]) == 1
+    assert config["command"].startswith(f"{RUNS[name][0].FILE}.py --resume . --device cpu --steps")
     Path("config.json").write_text("{")  # Damaged, it is no reason not to go on.
     assert resume(name, ".", "--steps", 5) == 0 and saved(here / "run")["step"] == 5
 
@@ -5083,6 +5234,11 @@ def test_where_and_how_far_a_run_is_resumed(name, copied, fails, tmp_path, capsy
     run = copied(name)
     new = tmp_path / "new"
     longer = ("--steps", STEPS + 1, "--out")
+    alone = tmp_path / "alone" / "m.pt"
+    alone.parent.mkdir()
+    shutil.copy(run / "last.pt", alone)
+    fails("holds a checkpoint, but it is no run's folder", module, "--resume", alone)
+    assert os.listdir(alone.parent) == ["m.pt"]
     fails("holds something else; give a new folder", module, "--resume", run, *longer,
           copied(name, 5))
     assert resume(name, run / "best.pt", *longer, new) == 0  # a checkpoint may be named
@@ -5137,6 +5293,8 @@ def test_a_run_goes_on_with_its_data_and_another_folder_begins_anew(pictures, fl
     folder = Path(shutil.copytree(pictures, tmp_path / "first"))
     run = tmp_path / "run"
     flags = flags_of("ivlsgan", "--dataset", folder, "--steps", 2, "--out", run)
+    few = data.Dataset("few", "test", torch.zeros(2, 1, 8, 8, dtype=torch.uint8), None, 0)
+    assert data.fingerprint(few, few) != data.fingerprint(few)  # test pictures count as well
     assert cli(ivgen, *flags) == 0
     shutil.copy(folder / "000.png", folder / "one-more.png")
     logged = (run / "log.jsonl").read_bytes()
@@ -5292,7 +5450,7 @@ MISTAKES = {  # of every file, then of each
         "--epochs inf": "--epochs inf is too large",
         "--batch 1": "--batch 1 is too small: at least 2",
         "--batch 200000": "a batch of 200000 is more than the",
-        "--lr nan": "--lr nan is too small",
+        "--lr nan": "--lr nan is not a number",
         f"--width {2**60}": "is too large",
         "--latent 0": "--latent 0 is too small",
         "--amp tf32": "--amp tf32 is not one of auto, off, bf16, fp16",
@@ -5708,8 +5866,8 @@ def begin_run(model, folder, monkeypatch=None, others=1):
         monkeypatch.setattr(torch.distributed, "all_reduce", lambda t, **_: t.mul_(1 + others))
         monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
         monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
-    run = data.Run(folder, "ivgen", data.Settings(), model.machine)
-    run.begin(model, types.SimpleNamespace(dataset=types.SimpleNamespace(channels=3)), "", 9)
+    run = data.Run(folder, "ivgen", ivgen.preset(), model.machine)
+    run.begin(model, types.SimpleNamespace(dataset=types.SimpleNamespace(channels=3)), 9)
     return run
 
 
