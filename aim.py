@@ -146,9 +146,10 @@ class Machine:
 #     |                            | positive, and 1 / sigma^2 finite                    |
 # D3  | all losses, then updates   | so here; most GAN code asks the moved D for L_g     | -
 # D4  | silent on 2-D networks     | ALI's 2-D networks, beta1 .8, batch; ours: alpha    | --lr
-#     | and their training         | 5e-4, 30 epochs, and an init spread over the data:  | --beta1
-#     |                            | with N(0, .02) all kinks of D lie at 0, and it      | --std
-#     |                            | finds modes later                                   |
+#     | and their training         | 5e-4, 12 epochs, falling to 0 in the second half,   | --beta1
+#     |                            | and an init spread over the data: with N(0, .02)    | --std
+#     |                            | all kinks of D lie at 0, and it finds modes later.  | --decay
+#     |                            | samples: PacGAN's 2,500                             |
 # D5  | Table 3: images in [0, 1]  | in [-1, 1], as all data here; G's last layer and    | -
 #     |                            | D_feature's first convert                           |
 # D6  | Eq. (6): G's gradient      | `aim-fgan` minimises it as printed; it bounds       | --model
@@ -183,7 +184,7 @@ MODELS = {  # the systems, and what each changes of AIMConfig
 }
 TABLE3 = dict(size=28, epochs=400.0, std=0.02)
 TABLE4 = dict(size=64, std=0.02)  # the other values of AIMConfig are those of this table
-POINTS = dict(epochs=30.0, lr=5e-4, beta1=0.8, samples=2500, amp="off")  # D4; PacGAN's 2,500
+POINTS = dict(epochs=12.0, lr=5e-4, decay="linear", beta1=0.8, samples=2500, amp="off")  # D4
 DATASETS = {  # what a data set changes; folders and all others: TABLE4
     "swissroll": POINTS | dict(epochs=400.0), "swissroll3d": POINTS | dict(epochs=400.0),
     "mnist": TABLE3 | dict(samples=50_000), "fashion-mnist": TABLE3 | dict(samples=50_000),
@@ -222,8 +223,8 @@ class AIMConfig(Settings):
     epochs: float = setting(300.0, "length, where --steps is not given (Table 4)", least=1e-9)
     lr: float = setting(2e-4, "alpha (Tables 3 and 4)", least=0)
     lr_d: float | None = setting(None, "alpha of D, if not --lr", float, 0, models=("unrolled",))
-    decay: str = setting("sqrt", "of alpha: sqrt, alpha / root epoch (Tables 3 and 4), or none",
-                         choices=("sqrt", "none"))
+    decay: str = setting("sqrt", "of alpha: sqrt, alpha / root epoch (Tables 3 and 4); linear, to "
+                         "0 in the second half (D4); none", choices=("sqrt", "linear", "none"))
     beta1: float = setting(0.5, "Adam's beta1 (Tables 3 and 4)", least=0, most=0.999)
     beta2: float = setting(0.999)  # Adam's own (paper silent)
     std: float | None = setting(None, "initial weights N(0, std), biases 0 (Tables 3 and 4); of "
@@ -648,14 +649,15 @@ class GAN(nn.Module):
     """The GAN of Tables 1 and 2: AIM without E.
 
     Four verbs: `step(x)`, an iteration of Algorithm 1; `sample(n)`; `encode(x)`; `decode(z)`.
-    channels: of x (None: as the table has it); steps_per_epoch: None keeps the learning rate at
-    alpha; steps, the length of the run, makes no difference here.
+    channels: of x (None: as the table has it). steps, the length of the run, and steps_per_epoch
+    are for the decay of the learning rate; without them it stays at alpha.
     """
 
     def __init__(self, config, machine=None, channels=None, steps=None, steps_per_epoch=None):
         super().__init__()
         self.config = config
         self.machine = machine or Machine()
+        self.steps = steps
         self.steps_per_epoch = steps_per_epoch
         self.iteration = 0
         self.E = None
@@ -676,16 +678,21 @@ class GAN(nn.Module):
         return nn.ModuleList([self.features, self.critic]), self.G
 
     def begin_step(self):
-        """The learning rate is alpha / sqrt(t), t = 1, 2, ... the epoch (Tables 3 and 4)."""
+        """Sets the learning rates of this iteration."""
         c = self.config
-        epoch = 1
-        if c.decay == "sqrt" and self.steps_per_epoch:
-            epoch += self.iteration // self.steps_per_epoch
         lr_d = c.lr if c.lr_d is None else c.lr_d
         for optimiser, alpha in ((self.optimiser_d, lr_d), (self.optimiser_g, c.lr)):
             for group in optimiser.param_groups:
-                group["lr"] = alpha / math.sqrt(epoch)
+                group["lr"] = self.decayed(alpha)
         self.iteration += 1
+
+    def decayed(self, alpha):
+        """alpha / sqrt(t), t = 1, 2, ... the epoch (Tables 3 and 4); linear: D4."""
+        if self.config.decay == "sqrt" and self.steps_per_epoch:
+            return alpha / math.sqrt(1 + self.iteration // self.steps_per_epoch)
+        if self.config.decay == "linear" and self.steps:
+            return alpha * min(1.0, 2 - 2 * self.iteration / self.steps)
+        return alpha
 
     def prior(self, n):
         """z (n, d) from N(0, I)."""

@@ -3450,14 +3450,17 @@ def test_gs_running_statistics_are_those_of_the_prior(model):
     torch.testing.assert_close(norm.running_mean, .1 * seen[0])  # G(z) comes first in each step
 
 
-@pytest.mark.parametrize("decay", ["sqrt", "none"])
+@pytest.mark.parametrize("decay", ["sqrt", "linear", "none"])
 def test_learning_rate_is_alpha_over_root_epoch(decay):
     net, x = small_aim(lr=1e-3, decay=decay)  # ten steps an epoch
-    for step in range(35):
+    net.steps = 36
+    for step in range(36):
         net.step(x)
-        rate = 1e-3 / math.sqrt(1 + step // 10 if decay == "sqrt" else 1)
+        factor = {"sqrt": 1 / math.sqrt(1 + step // 10), "none": 1,
+                  "linear": 1 if step <= 18 else (36 - step) / 18}[decay]
         for optimiser in (net.optimiser_d, net.optimiser_g):
-            assert [group["lr"] for group in optimiser.param_groups] == [rate]
+            assert [group["lr"] for group in optimiser.param_groups] == [
+                pytest.approx(1e-3 * factor)]
 
 
 # ---- PacGAN, Unrolled GAN, VEEGAN, and systems as their authors have them ------------------------
@@ -5500,7 +5503,7 @@ MISTAKES = {  # of every file, then of each
         "--width 5": "--width 5 is not an even number",
         "--model alice --k .5": "--k 0.5 is too small",
         "--std 0": "--std 0.0 is too small",
-        "--decay linear": "--decay linear is not one of sqrt, none",
+        "--decay cosine": "--decay cosine is not one of sqrt, linear, none",
         f"--latent {10**14}": "out of memory; try a smaller",
     },
     latentmap: {
