@@ -150,7 +150,8 @@ class Machine:
 # | D7  | noise, "variance is decayed" | deviation by epoch    | by share of the run    |          |
 #         On what D judges, in the IV models only; on `digits`, in all systems (ours).
 # | D8  | Adam 1e-4, for E 5e-3        | CIFAR-10: 2e-4, 1e-2  | as the paper           | --lr ... |
-#         There the code's E has width 16 and a weight decay of 5e-4.
+#         There the code's E has width 16 and a weight decay of 5e-4. On `digits` (ours) 1e-3, and
+#         all rates fall to 0 in the second half of the run (--decay).
 # | D9  | MRGAN: only named            | last sign reversed    | - mu log D(G(E(x)))    |          |
 # | D10 | WGAN, WGAN-GP: only named    |                       | their papers' settings |          |
 #         G moves every fifth step, so that each step of D sees a fresh batch.
@@ -208,6 +209,8 @@ class IVGANConfig(Settings):
     lr: float = setting(1e-4, "Adam's rate for D, f and G (Sec. 5)", least=0)
     lr_d: float | None = setting(None, "Adam's rate for D instead", float, 0, models=("unrolled",))
     lr_e: float = setting(5e-3, "Adam's rate for E (Sec. 5)", least=0, models=("veegan", *WITH_E))
+    decay: str = setting("none", "of the rates: none, or linear, to 0 in the second half (D8)",
+                         choices=("none", "linear"))
     beta1: float = setting(.5)                              # Sec. 5
     beta2: float = setting(.999)                            # Sec. 5
     loss: str = setting("lsgan")                            # dcgan, lsgan, wgan, wgan-gp
@@ -247,8 +250,8 @@ IVGAN_MODELS = {                                                # what each syst
     "pacdcgan": dict(loss="dcgan", pack=2) | PACGAN,
 }
 IVGAN_DATASETS = {                                              # what a data set changes
-    "digits": dict(size=32, width=32, latent=16, batch=32, steps=5400, eval_every=1800, lr=1e-3,
-                   beta2=.99),                                  # ours: quick on two cores
+    "digits": dict(size=32, width=32, latent=16, batch=32, steps=3200, eval_every=1600, lr=1e-3,
+                   decay="linear", beta2=.99),                  # ours: quick on two cores
     "stacked-digits": dict(size=32, width=32, steps=20_000, samples=26_000),    # ours
     "stacked-mnist": dict(steps=100_000, samples=26_000),       # Table 3; PacGAN's count of samples
     "lsun-church": dict(epochs=100.),                           # ours: 126,227 images
@@ -490,7 +493,8 @@ def gradient_penalty(critic, real, fake):
 class GAN(nn.Module):
     """DCGAN, LSGAN, WGAN and WGAN-GP, by `config.loss`: the baselines, and IVGAN without E.
 
-    channels: of the images. steps: the run's length, for the noise's schedule (None: its start).
+    channels: of the images. steps: the run's length, for the schedules of noise and rates (None:
+    both stay as they start).
     It logs d_adv, g_adv, and d_gp, WGAN-GP's penalty.
     """
 
@@ -519,6 +523,8 @@ class GAN(nn.Module):
             self.optimiser_g = self.machine.adam(self.G.parameters(), c.lr, betas)
         if self.has_encoder:
             self.optimiser_e = self.machine.adam(self.E.parameters(), c.lr_e, betas)
+        for optimiser in data.optimisers_of(self).values():
+            optimiser.param_groups[0]["initial_lr"] = optimiser.param_groups[0]["lr"]
 
     def make_judges(self, channels):
         c = self.config
@@ -538,6 +544,13 @@ class GAN(nn.Module):
         """What D judges of codes z."""
         return self.G(z)
 
+    def set_rates(self):
+        """The learning rates of this iteration (D8)."""
+        if self.config.decay == "linear" and self.steps:
+            for optimiser in data.optimisers_of(self).values():
+                group = optimiser.param_groups[0]
+                group["lr"] = group["initial_lr"] * min(1., 2 - 2 * self.iteration / self.steps)
+
     def noisy(self, x):
         """Instance noise on what D judges (Sec. 5; D7)."""
         done = self.iteration / self.steps if self.steps else 0.
@@ -550,6 +563,7 @@ class GAN(nn.Module):
     def step(self, x):
         """One iteration on images x (B, C, S, S) in [-1, 1]. Returns its losses as scalars."""
         c = self.config
+        self.set_rates()
         x = x.to(memory_format=torch.channels_last)
         moves_g = (self.iteration + 1) % c.steps_of_d == 0      # D10
         z = self.prior(c.pack * len(x))
@@ -624,6 +638,7 @@ class IVGAN(GAN):
         m = self.machine
         if not (c.mu or c.lam or c.mu_e or c.lam_e):
             return super().step(x)                              # without its terms it is the GAN
+        self.set_rates()
         x = x.to(memory_format=torch.channels_last)
         with m.autocast():                                      # lines 2-8, once for all losses
             x_z = self.G(self.prior(len(x)))
@@ -687,6 +702,7 @@ class MRGAN(GAN):
     def step(self, x):
         """One iteration on images x (B, C, S, S) in [-1, 1]. Returns its losses as scalars."""
         c = self.config
+        self.set_rates()
         x = x.to(memory_format=torch.channels_last)
         with self.machine.autocast():
             x_z = self.G(self.prior(len(x)))
@@ -742,6 +758,7 @@ class UnrolledGAN(GAN):
 
     def step(self, x):
         """One iteration on images x (B, C, S, S) in [-1, 1]. Returns its losses as scalars."""
+        self.set_rates()
         x = x.to(memory_format=torch.channels_last)
         with self.machine.autocast():
             x_z = self.G(self.prior(len(x)))
@@ -799,6 +816,7 @@ class VEEGAN(GAN):
     def step(self, x):
         """Algorithm 1 of its paper on images x (B, C, S, S) in [-1, 1]. Returns its losses."""
         m = self.machine
+        self.set_rates()
         x = x.to(memory_format=torch.channels_last)
         z = self.prior(len(x))
         with m.autocast():

@@ -2659,6 +2659,15 @@ def test_instance_noise_and_rates_follow_their_schedules():
             rates = [g["lr"] for o in data.optimisers_of(net).values() for g in o.param_groups]
             wanted = [factor * rate for rate in (2e-3, 4e-3, 1e-3)]
             assert rates == pytest.approx(wanted[:len(rates)])
+    for model in ("dcgan", "wgan", "ivlsgan", "mrgan", "pacdcgan", "unrolled", "veegan"):  # D8
+        for decay, factors in (("linear", (1, 1, 1, 1, .75, .5, .25)), ("none", (1,) * 7)):
+            net, x = small_iv(model, steps=8, lr=1e-3, decay=decay)
+            at_first = [o.param_groups[0]["lr"] for o in data.optimisers_of(net).values()]
+            for n, factor in zip((0, 1, 2, 4, 5, 6, 7), factors):
+                net.iteration = n
+                net.step(x)
+                rates = [o.param_groups[0]["lr"] for o in data.optimisers_of(net).values()]
+                assert rates == pytest.approx([factor * rate for rate in at_first])
 
 
 def test_running_statistics_are_of_what_they_normalise_later(tmp_path):
