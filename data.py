@@ -145,8 +145,11 @@ def run_command(main, argv=None):
     defect of ours and keeps its traceback.
     """
     def stop(number, frame):
-        raise Interrupted("interrupted", number)
+        if not over:  # a second one, on the way out, changes nothing
+            over.append(number)
+            raise Interrupted("interrupted", number)
 
+    over = []
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = map(Steady, streams)
     handlers = on_signals(stop)
@@ -167,6 +170,7 @@ def run_command(main, argv=None):
         print(f"{name}: {sentence}", file=sys.stderr)
         return getattr(error, "code", 2)
     finally:
+        over.append(0)
         for number, handler in handlers.items():
             signal.signal(number, handler)
         sys.stdout.flush()
@@ -1025,7 +1029,7 @@ def _centre(image, side):
 def from_environment(name, default):
     """A number that torchrun leaves in the environment. Raises UserError where it is none."""
     text = os.environ.get(name, default)
-    if not text.isdigit():
+    if not text.isdecimal():
         raise UserError(f"the environment has {name}={text}, which is no number; unset it")
     return int(text)
 
@@ -1384,6 +1388,13 @@ LOG_EVERY = 50  # steps
 SAVE_EVERY = 500
 
 
+def is_taken(folder):
+    """Whether a run, or what could be one, has left something there."""
+    log = folder / "log.jsonl"
+    written = log.exists() and log.stat().st_size > 0
+    return written or (folder / "config.json").exists() or any(folder.glob("*.pt"))
+
+
 def run_folder(args, default):
     """The run's folder: that of --resume, or the first free name of --out, NAME, NAME-2, ...
 
@@ -1392,13 +1403,17 @@ def run_folder(args, default):
     out = Path(os.path.expanduser(args.out or default))
     if args.resume is None:
         names = (out if n == 1 else out.with_name(f"{out.name}-{n}") for n in itertools.count(1))
-        return next(name for name in names if not (name / "config.json").exists())
+        return next(name for name in names if not is_taken(name))
     resumed = Path(os.path.expanduser(args.resume))
     resumed = resumed.parent if resumed.is_file() else resumed
     if args.out is None or out.resolve() == resumed.resolve():
         if not (resumed / "log.jsonl").exists():
             raise UserError(f"--resume: {resumed} holds a checkpoint, but it is no run's folder; "
                             "give the --out of a new one")
+        draws = args.sample or getattr(args, "probe", None)
+        if args.resume.endswith(".pt") and not args.resume.endswith("last.pt") and not draws:
+            raise UserError(f"--resume {args.resume} may go back behind its run's last step; give "
+                            "the --out of a new run")
         return resumed
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"--out {out} holds something else; give a new folder, or leave it out to "
@@ -1407,7 +1422,7 @@ def run_folder(args, default):
 
 
 def write_text(text, path):
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 def versions():
@@ -1587,10 +1602,10 @@ class Run:
         def note(number, frame):
             self.signal = number
 
-        self.handlers = on_signals(note)
         if self.main:
             self.write_config()
             self.forget_after(self.model.iteration)
+        self.handlers = on_signals(note)
         return self
 
     def __exit__(self, kind, error, trace):
@@ -1760,7 +1775,12 @@ def run_table(argv, file, tables, main):
         flags += ["--dataset", args.dataset]
         table = table_on(table, args.dataset)
     folder = Path(os.path.expanduser(args.out or f"runs/{file}-table{args.table}"))
+    before = json_lines(folder / "results.jsonl")
+    if any(line.get("table") != f"{file} {args.table}" for line in before):
+        raise UserError(f"{folder} holds other results than those of this table; choose another "
+                        "folder with --out")
     runs = table_runs(file, table, args.seeds, flags, folder)
+    check_flags(runs)
     missing = {} if args.report else train_runs(runs, args.device, table, main)
     lines, text = table_text(f"{file} {args.table}", table, runs)
     text += ["", *table_notes(table, flags, runs, lines, missing)]
@@ -1805,6 +1825,19 @@ def json_lines(path):
         return [json.loads(line) for line in path.read_text().splitlines()]
     except (OSError, ValueError):
         return []
+
+
+def check_flags(runs):
+    """Raises UserError for a run of a table that was trained otherwise than it would be now."""
+    for run in runs:
+        try:
+            about = json.loads((run["folder"] / "config.json").read_text())
+            first = [*about["earlier_commands"], about["command"]][0]
+        except (OSError, ValueError, LookupError):  # It has not begun.
+            continue
+        if " ".join(run["flags"]) + " " not in first:
+            raise UserError(f"{run['folder']} was trained by '{first}': give the same flags, or "
+                            "another folder with --out")
 
 
 def is_finished(run, table):

@@ -1223,7 +1223,7 @@ def draw_samples(model, folder, n, seed=0):
         save_picture(drawn.with_suffix(".png"), picture)
         print(f"{n} samples in {drawn}")
         return
-    for old in drawn.glob("*.png"):
+    for old in drawn.glob("[0-9]*.png"):
         old.unlink()
     for start in range(0, n, 250):
         images = finite(model.sample(min(250, n - start)), "samples")
@@ -1382,13 +1382,19 @@ def of_array(x):
     if x.ndim not in (3, 4) or x.dtype.kind not in "buif":
         raise ValueError(f"{x.dtype} of shape {x.shape}")
     if x.dtype != np.uint8:
-        scaled = "(x + 1) * 127.5" if x.min() < 0 else "x * 255"
-        raise ValueError(f"{x.dtype} from {x.min():.3g}: save ({scaled}).round().astype('uint8')")
+        if not np.isfinite(x).all():
+            raise ValueError("some numbers are NaN or infinite")
+        least, most = x.min(), x.max()
+        scaled = {-1: "((x + 1) * 127.5)", 0: "(x * 255)"}.get(math.floor(least), "x")
+        scaled = scaled if most <= 1 else "x"
+        raise ValueError(f"{x.dtype} from {least:.3g} to {most:.3g}, not bytes: save "
+                         f"{scaled}.round().clip(0, 255).astype('uint8')")
+    shape = x.shape
     x = x[:, None] if x.ndim == 3 else x
     if x.ndim == 4 and x.shape[3] in (1, 3):
         x = x.transpose(0, 3, 1, 2)
     if x.ndim != 4 or x.shape[1] not in (1, 3) or not 8 <= x.shape[2] == x.shape[3]:
-        raise ValueError(f"of the shape {x.shape}, not of square pictures of 8 pixels or more")
+        raise ValueError(f"of the shape {shape}, not of square pictures of 8 pixels or more")
     return torch.tensor(x)
 
 
@@ -1543,6 +1549,11 @@ def run(args):
     return result | ({"note": "; ".join(notes)} if notes else {})
 
 
+def save_arrays(arrays, path):
+    with open(path, "wb") as file:  # Given a path, numpy would add a suffix to it.
+        np.savez(file, **arrays)
+
+
 def save_statistics(source, extract, out, args):
     """The line of `stats`: the moments of a source, as our .pt or as pytorch-fid's .npz."""
     moments = measure(source, extract, [], args)["moments"]
@@ -1550,9 +1561,8 @@ def save_statistics(source, extract, out, args):
         about = {"sizes": sorted(source.sizes), "of": extract.name, "key": digest_of(extract.key)}
         save_atomic(moments.state() | about, out)
     else:
-        part = out.with_suffix(".tmp.npz")
-        np.savez(part, mu=moments.mean.cpu().numpy(), sigma=moments.cov.cpu().numpy())
-        os.replace(part, out)
+        arrays = {"mu": moments.mean.cpu().numpy(), "sigma": moments.cov.cpu().numpy()}
+        save_atomic(arrays, out, save_arrays)
     return {"saved": str(out), "n": moments.n, "protocol": f"{extract.name}, {source}"}
 
 

@@ -1911,8 +1911,10 @@ def with_saved(**changed):
     ("a.npz", {"mu": np.array(["x"] * 64), "sigma": np.eye(64)}, "neither"),
     ("a.npz", {"mu": np.array([print] * 64), "sigma": np.eye(64)}, "allow_pickle=False"),
     ("a.npz", {"arr_0": np.zeros((9, 16, 16, 3), np.float32)}, "save (x * 255).round()"),
-    ("a.npy", np.full((9, 3, 16, 16), -0.5), "save ((x + 1) * 127.5).round().astype('uint8')"),
+    ("a.npy", np.full((9, 3, 16, 16), -0.5), "save ((x + 1) * 127.5).round().clip(0, 255)"),
     ("a.npy", np.zeros((9, 16, 16, 4), np.uint8), "shape (9, 16, 16, 4)"),
+    ("a.npy", np.full((9, 16, 16), 254.7), "from 255 to 255, not bytes: save x.round()"),
+    ("a.npy", np.full((9, 16, 16), math.nan), "some numbers are NaN or infinite"),
     ("a.npy", np.zeros((0, 3, 16, 16), np.uint8), "at least 2 pictures"),
     ("a.npy", np.zeros((4, 4, 4), np.uint8), "8 pixels"), ("a.npy", b"no array", "neither"),
     ("a.npz", b"PK\3\4", "neither")])
@@ -5029,6 +5031,12 @@ def test_a_new_run_takes_the_first_free_name(name, flags_of, tmp_path, monkeypat
 
     monkeypatch.setattr(module, "train", train)
     usual = f"runs/{module.FILE}-{name}-{dataset or 'blobs'}-s5"
+    for taken in ("mine/log.jsonl", "a/m.pt"):  # Of whatever has been there nothing is lost.
+        Path(taken).parent.mkdir()
+        Path(taken).write_text("x")
+    assert cli(module, *flags_of(name, "--out", "a")) == 0
+    assert capsys.readouterr().out == "run: a-2\n"
+    shutil.rmtree("mine")
     for folder, out in (("mine", ("--out", "mine")), (usual, ())):
         for number in ("", "-2", "-3"):
             assert cli(module, *flags_of(name, "--seed", 5, *out)) == 0
@@ -5251,6 +5259,7 @@ def test_where_and_how_far_a_run_is_resumed(name, copied, fails, tmp_path, capsy
     shutil.copy(run / "last.pt", alone)
     fails("holds a checkpoint, but it is no run's folder", module, "--resume", alone)
     assert os.listdir(alone.parent) == ["m.pt"]
+    fails("may go back behind its run's last step", module, "--resume", run / "best.pt")
     fails("holds something else; give a new folder", module, "--resume", run, *longer,
           copied(name, 5))
     assert resume(name, run / "best.pt", *longer, new) == 0  # a checkpoint may be named
@@ -6146,9 +6155,15 @@ def test_a_table_by_one_command(module, name, flags, metric, monkeypatch, tmp_pa
     mean = data.measured([dict(folder=f, seed=n, command="") for n, f in enumerate(
         sorted(path.parent for path in (tmp_path / "t").glob("*/log.jsonl")))], metric, table)
     assert mean["n_seeds"] == 2 and mean["value"] == pytest.approx(sum(mean["values"]) / 2)
-    for wrong, words in ((["--seed", 1], "sets"), (["--seeds", 0], "out of range"),
-                         (["--table", "nine"], "invalid choice")):
+    found = (tmp_path / "t/results.jsonl").read_text()
+    other = found.replace(f"{module.FILE} {name}", "another table")
+    for wrong, words, held in ((["--seed", 1], "sets", found), (["--seeds", 0], "out of", found),
+                               (["--table", "nine"], "invalid choice", found),
+                               (["--steps", 3], "was trained by", found),
+                               ([], "holds other results", other)):
+        (tmp_path / "t/results.jsonl").write_text(held)
         assert cli(module, *command, *wrong) == 2 and words in capsys.readouterr().err
+        assert (tmp_path / "t/results.jsonl").read_text() == held
 
 
 # ==================================================================================================
