@@ -1757,13 +1757,12 @@ def run_table(argv, file, tables, main):
     None for a system that is not there, then the published value of each column, or None)};
     choose, "min" over evaluations, "best" as best.pt, or "last"; probe, a --probe of ivgen.py.
     """
-    parser = Parser(prog=f"{file}.py", add_help=False, allow_abbrev=False)
+    parser = Parser(prog=f"{file}.py", epilog="Other flags go to every row.", allow_abbrev=False)
     parser.add_argument("--table", choices=list(tables))
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--report", action="store_true")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--out")
-    parser.add_argument("--dataset")
+    for flag in ("--device", "--root", "--out", "--dataset"):
+        parser.add_argument(flag)
     args, flags = parser.parse_known_args(argv)
     own = {"--resume", "--sample", "--bench", "--probe", "--seed", "--model"}
     if own & {flag.partition("=")[0] for flag in flags}:
@@ -1772,7 +1771,8 @@ def run_table(argv, file, tables, main):
         raise UserError(f"--seeds {args.seeds} is out of range: 1 to 1000")
     table = tables[args.table]
     if args.dataset:
-        flags += ["--dataset", args.dataset]
+        if args.dataset not in [dataset for _, dataset, _ in table["columns"]]:
+            flags += ["--dataset", args.dataset]
         table = table_on(table, args.dataset)
     folder = Path(os.path.expanduser(args.out or f"runs/{file}-table{args.table}"))
     before = json_lines(folder / "results.jsonl")
@@ -1781,7 +1781,9 @@ def run_table(argv, file, tables, main):
                         "folder with --out")
     runs = table_runs(file, table, args.seeds, flags, folder)
     check_flags(runs)
-    missing = {} if args.report else train_runs(runs, args.device, table, main)
+    here = [part for flag in ("device", "root") if getattr(args, flag)
+            for part in (f"--{flag}", getattr(args, flag))]
+    missing = {} if args.report else train_runs(runs, here, table, main)
     lines, text = table_text(f"{file} {args.table}", table, runs)
     text += ["", *table_notes(table, flags, runs, lines, missing)]
     if lines:
@@ -1789,7 +1791,7 @@ def run_table(argv, file, tables, main):
         numbers = "".join(json.dumps(line) + "\n" for line in lines)
         save_atomic(numbers, folder / "results.jsonl", write_text)
     print("\n".join(text))
-    return 0
+    return 2 if missing and not lines else 0
 
 
 def table_on(table, dataset):
@@ -1846,25 +1848,25 @@ def is_finished(run, table):
     return probed and any(line["step"] == line.get("steps") for line in lines)
 
 
-def train_runs(runs, device, table, main):
-    """Trains what is not finished. Returns {(row, data set): why it cannot be had}."""
+def train_runs(runs, here, table, main):
+    """Trains what is not finished, `here`: flags. Returns {folder of a run: why it cannot be}."""
     missing = {}
     began = time.time()
-    todo = [run for run in runs if not is_finished(run, table)]
-    for n, run in enumerate(todo):
+    todo = {run["folder"]: run for run in runs if not is_finished(run, table)}  # rows share runs
+    for n, run in enumerate(todo.values()):
         text = f"run {n + 1} of {len(todo)}: {run['row']} on {run['dataset']}, seed {run['seed']}"
         if n:
             left = (time.time() - began) / n * (len(todo) - n) / 60
-            text += f", about {left:.0f} minutes left"
+            text += f", about {left:.0f} min left"
         print(text, file=sys.stderr)
-        resume = ["--resume", str(run["folder"]), "--device", device]
-        fresh = [*run["flags"], "--device", device, "--out", str(run["folder"])]
+        resume = ["--resume", str(run["folder"]), *here]
+        fresh = [*run["flags"], *here, "--out", str(run["folder"])]
         try:
             main(resume if (run["folder"] / "last.pt").exists() else fresh)
             if table.get("probe"):
                 main([*resume, "--probe", table["probe"]])
         except (UserError, NotFinite) as error:
-            missing[run["row"], run["dataset"]] = str(error)
+            missing[run["folder"]] = str(error)
     return missing
 
 
@@ -1889,6 +1891,8 @@ def table_text(name, table, runs):
                     cells[-1] += f" ± {scale * line['std']:.2g} ({line['n_seeds']})"
                 if line["metric"] != metric:
                     cells[-1] += f" ({line['metric']})"
+                if not all(is_finished(run, table) for run in mine):
+                    cells[-1] += " (unfinished)"
                 lines.append(dict(table=name, row=row, heading=heading, published=value) | line)
         text.append(f"| {' | '.join(cells)} |")
     return lines, text
@@ -1900,22 +1904,25 @@ def measured(runs, metric, table):
     Where fid was not measured, for want of its weights, it is fcd, and says so.
     """
     values = []
-    for run in runs:
-        file = f"probe-{table['probe']}.jsonl" if table.get("probe") else "log.jsonl"
-        done = json_lines(run["folder"] / file)
-        if metric == "fid" and not any("fid" in e for e in done):
-            metric = "fcd"
-        done = [e for e in done if metric in e]
+    file = f"probe-{table['probe']}.jsonl" if table.get("probe") else "log.jsonl"
+    logs = [json_lines(run["folder"] / file) for run in runs]
+    if metric == "fid" and not any("fid" in e for log in logs for e in log):
+        metric = "fcd"
+    for run, log in zip(runs, logs):
+        done = [e for e in log if metric in e]
         if not done:
             continue
         chosen = done[-1]
         if table.get("choose") == "min":
             chosen = min(done, key=lambda e: e[metric])
         elif table.get("choose") == "best":
-            chosen = min(done, key=lambda e: e.get("fid", e.get("fcd", math.inf)))
+            score = next((k for k in ("fid", "fcd", "mse") if k in chosen), metric)
+            chosen = min((e for e in done if score in e), key=lambda e: e[score])
         values.append(chosen[metric])
         about = json.loads((run["folder"] / "config.json").read_text())
         command = run["command"].replace(f"--seed {run['seed']}", "--seed S")
+        if table.get("probe"):
+            command += f", then --resume RUN --probe {table['probe']}"
         line = dict(metric=metric, command=command, step=chosen.get("step"),
                     protocol=chosen.get("protocol", f"iteration {chosen.get('iteration')}"),
                     machine=about["machine"], revision=about["revision"],
@@ -1935,12 +1942,17 @@ def table_notes(table, flags, runs, lines, missing):
     text = [f"Protocol: {protocol}" for protocol in dict.fromkeys(x["protocol"] for x in lines)]
     if flags:
         text.append(f"Departures from the paper, in every row: {' '.join(flags)}")
-    for (row, dataset), why in missing.items():
-        text.append(f"{row} on {dataset} cannot be had: {why}")
-    waiting = sum(not is_finished(run, table) for run in runs) - len(missing)
-    if waiting > 0:
-        text.append(f"{waiting} of {len(runs)} runs are not finished: the same command without "
-                    "--report trains them")
+    for why in dict.fromkeys(missing.values()):
+        of = (f"{r['row']} on {r['dataset']}" for r in runs if missing.get(r["folder"]) == why)
+        text.append(f"{', '.join(dict.fromkeys(of))} cannot be had: {why}")
+    for heading, _, metric in table["columns"]:
+        if lines and heading not in [line["heading"] for line in lines]:
+            how = " (by --inception auto)" if metric in ("fid", "is_inception") else ""
+            text.append(f"Not measured: {heading}{how}")
+    waiting = {run["folder"] for run in runs if not is_finished(run, table)} - missing.keys()
+    if waiting:
+        text.append(f"{len(waiting)} of {len({run['folder'] for run in runs})} runs are not "
+                    "finished: the same command without --report trains them")
     absent = [row for row, cells in table["rows"].items() if cells[0] is None]
     if absent:
         text.append(f"Not in this file: {', '.join(absent)}")

@@ -1476,10 +1476,10 @@ def train(config, machine, folder, checkpoint=None):
     if run.main:
         paper = TABLES["ivaae-1" if isinstance(config, IVAAEConfig) else "2"]["columns"]
         paper_has_fid = config.dataset in [dataset for _, dataset, _ in paper]
-        weights = metrics.inception_default(config.inception, paper_has_fid, machine.device)
-        samples = config.samples or 10_000
-        if weights and not config.samples:                      # Table 2's protocol
-            samples = 60_000 if config.dataset in ("mnist", "fashion-mnist") else 50_000
+        many = 60_000 if config.dataset in ("mnist", "fashion-mnist") else 50_000   # Table 2
+        weights = metrics.inception_default(config.inception, paper_has_fid, machine.device,
+                                            config.samples or many)
+        samples = config.samples or (many if weights else 10_000)
         evaluator = metrics.Evaluator(labelled, test_set, config.size, machine.device, config.root,
                                       samples, weights)
     x_test, _ = next(data.ordered(test_set, 100, 100, "cpu", config.size))

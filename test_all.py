@@ -6135,6 +6135,7 @@ def test_a_table_by_one_command(module, name, flags, metric, monkeypatch, tmp_pa
                "--root", tmp_path, "--device", "cpu", *flags.split()]
     assert cli(module, *command, "--report") == 0
     assert "2 of 2 runs are not finished" in capsys.readouterr().out
+    assert not (tmp_path / "t").exists()
     step = data.Run.add
     monkeypatch.setattr(data.Run, "add", lambda self, n, losses: [
         step(self, n, losses), setattr(self, "signal", signal.SIGINT)])
@@ -6152,6 +6153,11 @@ def test_a_table_by_one_command(module, name, flags, metric, monkeypatch, tmp_pa
     assert metric in {line["metric"] for line in lines}
     assert cli(module, *command) == 0                           # nothing is left to train
     assert "\nrun: " not in capsys.readouterr().out
+    assert cli(module, *command[:3], tmp_path / "u", *command[4:], "--bogus", 1) == 2
+    assert capsys.readouterr().out.count("unrecognized arguments: --bogus 1") == 1
+    with pytest.raises(SystemExit):
+        cli(module, *command, "--help")
+    assert "--seeds" in capsys.readouterr().out
     mean = data.measured([dict(folder=f, seed=n, command="") for n, f in enumerate(
         sorted(path.parent for path in (tmp_path / "t").glob("*/log.jsonl")))], metric, table)
     assert mean["n_seeds"] == 2 and mean["value"] == pytest.approx(sum(mean["values"]) / 2)
@@ -6161,7 +6167,7 @@ def test_a_table_by_one_command(module, name, flags, metric, monkeypatch, tmp_pa
                                (["--table", "nine"], "invalid choice", found),
                                (["--steps", 3], "was trained by", found),
                                ([], "holds other results", other)):
-        (tmp_path / "t/results.jsonl").write_text(held)
+        (tmp_path / "t/results.jsonl").write_text(held)  # which stays as it is
         assert cli(module, *command, *wrong) == 2 and words in capsys.readouterr().err
         assert (tmp_path / "t/results.jsonl").read_text() == held
 
