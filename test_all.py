@@ -5125,29 +5125,25 @@ def test_every_file_is_imported_where_there_is_no_unix():
                    check=True)
 
 
-@for_each_file
-def test_a_folder_has_one_writer(name, copied, fails):
+def test_a_folder_has_one_writer(copied, fails):
     """Another process holds the run. When it is gone, the run goes on."""
-    run = copied(name)
+    run = copied("aim")
     script = ("import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); "
               "print('held', flush=True); input()")
     holder = subprocess.Popen([sys.executable, "-c", script, run / ".lock"],
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert holder.stdout.readline() == b"held\n"
     before = {path: path.read_bytes() for path in run.glob("*.*")}
-    fails(f"another run writes to {run}", RUNS[name][0], "--resume", run, "--steps", 9)
+    fails(f"another run writes to {run}", aim, "--resume", run, "--steps", 9)
     assert before == {path: path.read_bytes() for path in run.glob("*.*")}
     holder.communicate(b"\n")
-    assert resume(name, run, "--steps", 9) == 0
+    assert resume("aim", run, "--steps", 9) == 0
 
 
-@for_each_file
-def test_a_run_is_not_among_its_own_pictures(name, pictures, flags_of, fails, monkeypatch):
-    module = RUNS[name][0]
-    flags = flags_of(f"{name}-images" if name != "ivlsgan" else name, "--steps", 1)
+def test_a_run_is_not_among_its_own_pictures(pictures, flags_of, fails, monkeypatch):
     monkeypatch.chdir(pictures)
     for more in (("--out", pictures / "run"), ("--dataset", ".")):
-        fails("is inside its data set", module, *flags, *more)
+        fails("is inside its data set", ivgen, *flags_of("ivlsgan", "--steps", 1), *more)
     assert not (pictures / "run").exists() and not (pictures / "runs").exists()
 
 
@@ -5162,15 +5158,14 @@ class Lost(io.StringIO):
         raise self.error
 
 
-@for_each_file
 @pytest.mark.parametrize("error, code", [
     (BrokenPipeError(32, "Broken pipe"), 0), (OSError(28, "No space left on device"), 2)])
-def test_nobody_has_to_read_what_a_run_prints(name, error, code, flags_of, tmp_path, monkeypatch):
+def test_nobody_has_to_read_what_a_run_prints(error, code, flags_of, tmp_path, monkeypatch):
     """`| head -1`, a full disk, a closed stderr: the run goes on; of a full disk the code tells."""
     run = tmp_path / "run"
     monkeypatch.setattr(sys, "stdout", Lost(error))
     monkeypatch.setattr(sys, "stderr", None)
-    assert cli(RUNS[name][0], *flags_of(name, "--steps", 2, "--out", run)) == code
+    assert cli(aim, *flags_of("aim", "--steps", 2, "--out", run)) == code
     assert saved(run)["step"] == 2 and sys.stderr is None
 
 
@@ -5199,10 +5194,8 @@ def test_a_notebook_s_thread_trains_and_keeps_its_random_numbers(name, flags_of,
     assert config["command"] == " ".join([f"{module.FILE}.py", *flags])
 
 
-@for_each_file
-def test_tensorboard_gets_scalars_and_pictures_or_one_sentence(name, flags_of, tmp_path, fails,
+def test_tensorboard_gets_scalars_and_pictures_or_one_sentence(flags_of, tmp_path, fails,
                                                                monkeypatch):
-    module = RUNS[name][0]
     seen = []
 
     class SummaryWriter:
@@ -5215,8 +5208,8 @@ def test_tensorboard_gets_scalars_and_pictures_or_one_sentence(name, flags_of, t
     stub = types.SimpleNamespace(SummaryWriter=SummaryWriter)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", stub)
     run = tmp_path / "run"
-    flags = flags_of(name, "--steps", 3, "--tensorboard", "--eval-every", 2, "--out")
-    assert cli(module, *flags, run) == 0
+    flags = flags_of("aim", "--steps", 3, "--tensorboard", "--eval-every", 2, "--out")
+    assert cli(aim, *flags, run) == 0
     assert seen[0] == ("folder", run / "tensorboard") and seen[-1] == ("close",)
     scalars = {(key, step): value for verb, key, value, step in seen[1:-1] if verb == "add_scalar"}
     logged = {(key, line["step"]): value for line in log_of(run) for key, value in line.items()
@@ -5226,7 +5219,7 @@ def test_tensorboard_gets_scalars_and_pictures_or_one_sentence(name, flags_of, t
     assert shown.keys() == {(key, step) for key in ("samples", "recon") for step in (2, 3)}
     assert all(image.dtype == np.uint8 and image.shape[0] in (1, 3) for image in shown.values())
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    fails("--tensorboard needs a package: pip install tensorboard", module, *flags, tmp_path / "2")
+    fails("--tensorboard needs a package: pip install tensorboard", aim, *flags, tmp_path / "2")
 
 
 @pytest.mark.parametrize("name", ["ivlsgan", "aim-images", "latentmap-images"])
