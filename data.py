@@ -1775,8 +1775,9 @@ def run_table(argv, file, tables, main):
             flags += ["--dataset", args.dataset]
         table = table_on(table, args.dataset)
     folder = Path(os.path.expanduser(args.out or f"runs/{file}-table{args.table}"))
+    name = f"{file}-table{args.table}"
     before = json_lines(folder / "results.jsonl")
-    if any(line.get("table") != f"{file} {args.table}" for line in before):
+    if any(line.get("table") != name for line in before):
         raise UserError(f"{folder} holds other results than those of this table; choose another "
                         "folder with --out")
     runs = table_runs(file, table, args.seeds, flags, folder)
@@ -1784,7 +1785,7 @@ def run_table(argv, file, tables, main):
     here = [part for flag in ("device", "root") if getattr(args, flag)
             for part in (f"--{flag}", getattr(args, flag))]
     missing = {} if args.report else train_runs(runs, here, table, main)
-    lines, text = table_text(f"{file} {args.table}", table, runs)
+    lines, text = table_text(name, table, runs)
     text += ["", *table_notes(table, flags, runs, lines, missing)]
     if lines:
         save_atomic("\n".join(text) + "\n", folder / "table.md", write_text)
@@ -1874,36 +1875,36 @@ def table_text(name, table, runs):
     """(lines for results.jsonl, the table as lines of Markdown)."""
     lines = []
     headings = [heading for heading, _, _ in table["columns"]]
-    text = [f"{table['title']} (--table {name.split()[1]})", "",
+    text = [table["title"], "",
             f"| | {' | '.join(f'{h}, published | {h}, here' for h in headings)} |",
             f"|---|{'---:|' * 2 * len(headings)}"]
     for row, (_, *published) in table["rows"].items():
         cells = [row]
         for (heading, dataset, metric), value in zip(table["columns"], published):
             mine = [run for run in runs if run["row"] == row and run["dataset"] == dataset]
-            line = measured(mine, metric, table)
+            line = measured(mine, metric, table, 100 if "%" in heading else 1)
             cells.append("–" if value is None else f"{value:g}")
             cells.append("–")
             if line:
-                scale = 100 if "%" in heading else 1
-                cells[-1] = f"{scale * line['value']:.4g}"
+                cells[-1] = f"{line['value']:.4g}"
                 if "std" in line:
-                    cells[-1] += f" ± {scale * line['std']:.2g} ({line['n_seeds']})"
-                if line["metric"] != metric:
-                    cells[-1] += f" ({line['metric']})"
+                    cells[-1] += f" ± {line['std']:.2g} ({line['n_seeds']})"
+                if line["key"] != metric:
+                    cells[-1] += f" ({line['key']})"
                 if not all(is_finished(run, table) for run in mine):
                     cells[-1] += " (unfinished)"
-                lines.append(dict(table=name, row=row, heading=heading, published=value) | line)
+                lines.append(dict(table=name, row=row, metric=heading, published=value) | line)
         text.append(f"| {' | '.join(cells)} |")
     return lines, text
 
 
-def measured(runs, metric, table):
+def measured(runs, metric, table, scale=1):
     """What the runs of one cell, a seed each, have measured: a line for results.jsonl, or None.
 
-    Where fid was not measured, for want of its weights, it is fcd, and says so.
+    `key` is the metric in their logs: where fid was not measured, for want of its weights, fcd.
     """
     values = []
+    seeds = []
     file = f"probe-{table['probe']}.jsonl" if table.get("probe") else "log.jsonl"
     logs = [json_lines(run["folder"] / file) for run in runs]
     if metric == "fid" and not any("fid" in e for log in logs for e in log):
@@ -1918,12 +1919,13 @@ def measured(runs, metric, table):
         elif table.get("choose") == "best":
             score = next((k for k in ("fid", "fcd", "mse") if k in chosen), metric)
             chosen = min((e for e in done if score in e), key=lambda e: e[score])
-        values.append(chosen[metric])
+        values.append(scale * chosen[metric])
+        seeds.append(run["seed"])
         about = json.loads((run["folder"] / "config.json").read_text())
         command = run["command"].replace(f"--seed {run['seed']}", "--seed S")
         if table.get("probe"):
-            command += f", then --resume RUN --probe {table['probe']}"
-        line = dict(metric=metric, command=command, step=chosen.get("step"),
+            command += f"; --resume RUN --probe {table['probe']}"
+        line = dict(key=metric, command=command, step=chosen.get("step"),
                     protocol=chosen.get("protocol", f"iteration {chosen.get('iteration')}"),
                     machine=about["machine"], revision=about["revision"],
                     versions={k: about[k] for k in ("python", "torch", "torchvision")},
@@ -1932,9 +1934,9 @@ def measured(runs, metric, table):
         return None
     mean = sum(values) / len(values)
     if len(values) == 1:
-        return dict(value=mean, seed=run["seed"]) | line
+        return dict(value=mean, seed=seeds[0]) | line
     std = (sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** .5
-    return dict(value=mean, std=std, n_seeds=len(values), values=values) | line
+    return dict(value=mean, std=std, n_seeds=len(values), seed=seeds, each=values) | line
 
 
 def table_notes(table, flags, runs, lines, missing):
@@ -1946,7 +1948,7 @@ def table_notes(table, flags, runs, lines, missing):
         of = (f"{r['row']} on {r['dataset']}" for r in runs if missing.get(r["folder"]) == why)
         text.append(f"{', '.join(dict.fromkeys(of))} cannot be had: {why}")
     for heading, _, metric in table["columns"]:
-        if lines and heading not in [line["heading"] for line in lines]:
+        if lines and heading not in [line["metric"] for line in lines]:
             how = " (by --inception auto)" if metric in ("fid", "is_inception") else ""
             text.append(f"Not measured: {heading}{how}")
     waiting = {run["folder"] for run in runs if not is_finished(run, table)} - missing.keys()

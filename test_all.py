@@ -6143,7 +6143,7 @@ def test_a_table_by_one_command(module, name, flags, metric, monkeypatch, tmp_pa
     for line in lines:
         assert {"command", "protocol", "machine", "versions", "precision", "seed"} <= line.keys()
         assert math.isfinite(line["value"])
-    assert metric in {line["metric"] for line in lines}
+    assert metric in {line["key"] for line in lines}
     assert cli(module, *command) == 0                           # nothing is left to train
     assert "\nrun: " not in capsys.readouterr().out
     assert cli(module, *command[:3], tmp_path / "u", *command[4:], "--bogus", 1) == 2
@@ -6153,9 +6153,11 @@ def test_a_table_by_one_command(module, name, flags, metric, monkeypatch, tmp_pa
     assert "--seeds" in capsys.readouterr().out
     mean = data.measured([dict(folder=f, seed=n, command="") for n, f in enumerate(
         sorted(path.parent for path in (tmp_path / "t").glob("*/log.jsonl")))], metric, table)
-    assert mean["n_seeds"] == 2 and mean["value"] == pytest.approx(sum(mean["values"]) / 2)
+    assert mean["n_seeds"] == 2 and mean["value"] == pytest.approx(sum(mean["each"]) / 2)
     found = (tmp_path / "t/results.jsonl").read_text()
-    other = found.replace(f"{module.FILE} {name}", "another table")
+    other = found.replace(f"{module.FILE}-table{name}", "another table")
+    # Publishing a result is appending these lines to assets/results.jsonl.
+    assert render(f"{module.FILE}-table{name}", lines).count("\n") == len(rows)
     for wrong, words, held in ((["--seed", 1], "sets", found), (["--seeds", 0], "out of", found),
                                (["--table", "nine"], "invalid choice", found),
                                (["--steps", 3], "was trained by", found),
