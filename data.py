@@ -145,11 +145,9 @@ def run_command(main, argv=None):
     defect of ours and keeps its traceback.
     """
     def stop(number, frame):
-        if not over:  # a second one, on the way out, changes nothing
-            over.append(number)
-            raise Interrupted("interrupted", number)
+        on_signals(signal.SIG_IGN)  # a second one, on the way out, changes nothing
+        raise Interrupted("interrupted", number)
 
-    over = []
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = map(Steady, streams)
     handlers = on_signals(stop)
@@ -160,17 +158,14 @@ def run_command(main, argv=None):
         if not isinstance(sys.stdout.error, BrokenPipeError | None):
             raise UserError(f"what was printed is not whole ({sys.stdout.error})")
         return code
-    except Interrupted as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        return error.code
-    except Exception as error:
+    except (Exception, Interrupted) as error:
         sentence = what_to_mend(error)
         if sentence is None:
             raise
         print(f"{name}: {sentence}", file=sys.stderr)
         return getattr(error, "code", 2)
     finally:
-        over.append(0)
+        on_signals(signal.SIG_IGN)
         for number, handler in handlers.items():
             signal.signal(number, handler)
         sys.stdout.flush()
@@ -180,7 +175,7 @@ def run_command(main, argv=None):
 
 
 def on_signals(handler):
-    """handler(number, frame) for Ctrl-C and SIGTERM. {number: what was there before}.
+    """handler(number, frame) for Ctrl-C and SIGTERM. Returns {number: what was there before}.
 
     Only the main thread gets signals: in another one (a notebook's, a server's) nothing changes.
     """
@@ -198,8 +193,8 @@ def random_state_kept():
 
 
 def what_to_mend(error):
-    """The sentence for an error that the user can mend; None for a defect."""
-    if isinstance(error, (UserError, NotFinite)):
+    """The sentence for an error that is no defect; None for one that is."""
+    if isinstance(error, (UserError, NotFinite, Interrupted)):
         return str(error)
     if isinstance(error, OSError) and error.errno:  # no permission, a full disk
         return str(error)
