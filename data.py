@@ -323,13 +323,12 @@ def load_pair(name, root="data", size=None):
 
     Under torchrun one rank of each host loads first: the others find what it has cached.
     """
-    local = os.environ.get("LOCAL_RANK")
-    ranks = local is not None and dist.is_initialized()
-    if ranks and local != "0":
+    local = os.environ.get("LOCAL_RANK") if dist.is_initialized() else None
+    if local not in (None, "0"):
         dist.barrier()
     train = load(name, root, size or None, "train")
     test = load(name, root, size or None, "test")
-    if ranks and local == "0":
+    if local == "0":
         dist.barrier()
     if train.channels != test.channels:
         raise UserError(f"--dataset {name}: training pictures have {train.channels} channels, test "
@@ -659,14 +658,14 @@ def _points(name, split):
 
 
 IDX_FILES = "{train,t10k}-{images-idx3,labels-idx1}-ubyte"
-CELEBA_FILES = ("list_{eval_partition,attr_celeba,bbox_celeba,landmarks_align_celeba}.txt, "
-                "identity_CelebA.txt and the folder img_align_celeba")
 BY_HAND = {  # where below root torchvision looks, and what has to be there
     "mnist": ("MNIST/raw", IDX_FILES),
     "fashion-mnist": ("FashionMNIST/raw", IDX_FILES),
     "cifar10": ("", "cifar-10-python.tar.gz"),
     "stl10": ("", "stl10_binary.tar.gz"),
-    "celeba": ("celeba", CELEBA_FILES),
+    "celeba": ("celeba",
+               "list_{eval_partition,attr_celeba,bbox_celeba,landmarks_align_celeba}.txt, "
+               "identity_CelebA.txt and the folder img_align_celeba"),
 }
 
 
@@ -723,8 +722,7 @@ def _celeba(root, size, split):
     got = _torchvision("celeba", root, lambda download: sets.CelebA(root, split, download=download))
     folder = Path(root) / got.base_folder / "img_align_celeba"
     files = [str(folder / file) for file in got.filename]
-    x = _pictures("celeba", split, folder, files, root, size, crop=140)
-    return Dataset("celeba", split, x, None, 0)
+    return _pictures("celeba", split, folder, files, root, size, crop=140)
 
 
 def _lsun(root, size, split):
@@ -754,8 +752,7 @@ def _lsun(root, size, split):
 
     if not keys:
         raise damaged
-    x = _pictures("lsun-church", split, file, keys, root, size, read=read)
-    return Dataset("lsun-church", split, x, None, 0)
+    return _pictures("lsun-church", split, file, keys, root, size, read=read)
 
 
 # ---- Folders of pictures, cached -----------------------------------------------------------------
@@ -788,12 +785,12 @@ def _folder(folder, root, size, split):
         raise UserError(f"{base / unknown[0]} has pictures of its own, but {train / unknown[0]} "
                         "has none: the two must have the same folders")
     split = "train" if base == train else "test"
-    x = _pictures(folder.name, split, base, files, root, size)
-    if len(names) < 2:  # A single class says nothing, so it is no label.
-        return Dataset(folder.name, split, x, None, 0)
-    number = {name: i for i, name in enumerate(names)}
-    y = torch.tensor([number[name] for name in found])
-    return Dataset(folder.name, split, x, y, len(names))
+    dataset = _pictures(folder.name, split, base, files, root, size)
+    if len(names) > 1:  # A single class says nothing, so it is no label.
+        number = {name: i for i, name in enumerate(names)}
+        dataset.y = torch.tensor([number[name] for name in found])
+        dataset.classes = len(names)
+    return dataset
 
 
 def find_pictures(folder, passed=None):
@@ -850,7 +847,7 @@ def cache_dir(root):
 
 
 def _pictures(name, split, source, items, root, size, crop=None, read=None):
-    """All pictures as uint8 (N, C, S, S), mapped from a cache of these very files, or decoded.
+    """All pictures, without labels; mapped from a cache of these very files, or decoded.
 
     items: paths, or with `read` anything that read() turns into a file. The cache file's name says
     which source and size, `stamp` inside it which files: after a change it is replaced. A set has
@@ -873,7 +870,7 @@ def _pictures(name, split, source, items, root, size, crop=None, read=None):
             if not whole or not 8 <= height == width == (size or height):
                 raise ValueError
             if saved["stamp"] == stamp and n == len(items):
-                return x
+                return Dataset(name, split, x, None, 0)
         except Exception:  # damaged, or another program's: whatever it is, it is made anew
             print(f"{path} is damaged: made anew", file=sys.stderr)
     x = torch.from_numpy(_decode(name, items, size, crop, read))
@@ -881,7 +878,7 @@ def _pictures(name, split, source, items, root, size, crop=None, read=None):
         save_atomic({"stamp": stamp, "x": x}, path)
     except UserError as error:
         print(f"{error}: the pictures will be decoded again next time", file=sys.stderr)
-    return x
+    return Dataset(name, split, x, None, 0)
 
 
 def _decode(name, items, size, crop, read):
@@ -975,8 +972,7 @@ def read_picture(file, size=None, crop=None):
     if size:
         scale = size / min(image.size)
         scaled = (round(image.width * scale), round(image.height * scale))
-        if image.size != scaled:
-            image = image.resize(scaled, Image.Resampling.BILINEAR)
+        image = image.resize(scaled, Image.Resampling.BILINEAR)
         if image.size != (size, size):
             changes.append("oblong, cut to the central square")
         image = _centre(image, size)
@@ -990,16 +986,15 @@ def _plain(image, changes):
         raise ValueError("floating-point numbers, which have no fixed range")
     if getattr(image, "is_animated", False):
         changes.append("the first of several frames")
-    if ";16" in str(image.tile):  # how the file stores colours of 16 bits, of which Pillow keeps 8
+    # Of colours of 16 bits Pillow keeps 8: only the tiles tell. Grey it keeps whole, in a mode I.
+    if ";16" in str(image.tile) or image.mode.startswith("I"):
         changes.append("16 bits, scaled to 8")
     image.load()
     if image.getexif().get(ExifTags.Base.Orientation) in range(2, 9):
         changes.append("turned upright")
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion clips at 255
+    if image.mode.startswith("I"):  # which Pillow's own conversion clips at 255
         values = np.asarray(image).clip(0, 65535)
-        if not changes.count("16 bits, scaled to 8"):  # an int32 TIFF
-            changes.append("16 bits, scaled to 8")
         if values.max() < 4096:
             changes.append("nearly black, as no value of 65,535 is above 4,095: rescale them")
         return Image.fromarray((values / 257).round().astype(np.uint8))
@@ -1274,7 +1269,7 @@ def save_atomic(content, path, write=None):
             temporary.unlink()
 
 
-def read_saved(path, **options):
+def read_saved(path, mmap=False):
     """What `save_atomic` put there, tensors and plain values only. ValueError for anything else.
 
     The checksums are read first, since torch.load lets a flipped bit in a tensor pass. A file that
@@ -1285,7 +1280,7 @@ def read_saved(path, **options):
             packed = any(part.compress_type != zipfile.ZIP_STORED for part in whole.infolist())
             if packed or whole.testzip() is not None:  # torch.save packs nothing
                 raise ValueError
-        return torch.load(path, weights_only=True, **{"map_location": "cpu"} | options)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError:
         raise ValueError("it holds more than tensors and plain values, so it was refused") from None
     except PermissionError:  # It may be whole.
