@@ -1015,6 +1015,8 @@ def _centre(image, side):
 
 # ---- Hardware and ranks --------------------------------------------------------------------------
 
+BF16_UNITS = {"AMX": "_is_amx_tile_supported", "AVX512-BF16": "_is_avx512_bf16_supported"}
+
 
 def from_environment(name, default):
     """A number that torchrun leaves in the environment. Raises UserError where it is none."""
@@ -1069,8 +1071,7 @@ def multiplies_bf16(device):
     """Whether this device multiplies bf16 in hardware; where it does not, float32 is faster."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return any(getattr(torch.cpu, check, bool)() for check in checks)
+    return any(getattr(torch.cpu, check, bool)() for check in BF16_UNITS.values())
 
 
 def average(tensor):
@@ -1141,8 +1142,6 @@ class Settings:
 
 FREE = ("dataset", "root", "steps", "epochs", "amp", "compile", "eval_every", "samples",
         "inception", "tensorboard")  # what may change when resuming; of the data only the place
-
-
 COMMAND = list(sys.argv)  # as config.json keeps it
 
 
@@ -1212,8 +1211,7 @@ def parse(argv, file, about, preset, extra=None, tables=()):
     free = (*FREE, "seed") if args.sample else FREE
     if args.out == "":
         raise UserError("--out is empty")
-    given = {f.name: getattr(args, f.name, None) for f in dataclasses.fields(settings)}
-    given = {name: value for name, value in given.items() if value is not None}
+    given = {k: v for k, v in vars(args).items() if v is not None and hasattr(settings, k)}
     return args, with_flags(settings, given, free if checkpoint else given), checkpoint
 
 
@@ -1422,11 +1420,11 @@ def versions():
         command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
         here = Path(__file__).resolve().parent
         revision = subprocess.run(command, cwd=here, capture_output=True, text=True).stdout.strip()
-    checks = {"AMX": "_is_amx_tile_supported", "AVX512-BF16": "_is_avx512_bf16_supported"}
-    units = "".join(f", {k}" for k, check in checks.items() if getattr(torch.cpu, check, bool)())
+    units = [unit for unit, check in BF16_UNITS.items() if getattr(torch.cpu, check, bool)()]
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     threads = torch.get_num_threads()
-    machine = f"{os.cpu_count()} cores, {platform.machine()}{units}; {card}; {threads} threads"
+    processor = ", ".join([platform.machine(), *units])
+    machine = f"{os.cpu_count()} cores, {processor}; {card}; {threads} threads"
     return dict(python=sys.version.split()[0], torch=torch.__version__, machine=machine,
                 torchvision=torchvision.__version__, revision=revision or None, threads=threads)
 
@@ -1464,11 +1462,9 @@ class Run:
         self.board = None
         self.text = ""
         self.shown = 0.0
-        ranks = len(checkpoint["random"]) if checkpoint else self.world
-        if ranks != self.world:
-            raise UserError(f"--resume: the run has {ranks} ranks, and here are {self.world}; "
-                            "start as many with torchrun")
-        self.continues = any(self.folder.glob("*.pt"))  # else --out starts a new folder
+        if checkpoint and len(checkpoint["random"]) != self.world:
+            raise UserError(f"--resume: the run has {len(checkpoint['random'])} ranks, and here "
+                            f"are {self.world}; start as many with torchrun")
         if self.world > 1:
             dist.barrier()  # every rank has chosen the same folder before it is made
         if self.main:
@@ -1485,24 +1481,20 @@ class Run:
                 (self.folder / name).mkdir(parents=True, exist_ok=True)
             self.lock = open(self.folder / ".lock", "w")
             self.log_file = open(self.folder / "log.jsonl", "a")
+            if fcntl:
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another run writes to {self.folder}; wait for its end, or choose "
+                            "another folder with --out") from None
         except OSError as error:
             raise UserError(f"cannot write to the run folder {self.folder}: {error.strerror}; "
                             "choose another with --out") from None
-        try:
-            if fcntl:
-                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"another run writes to {self.folder}; wait for its end, or choose "
-                            "another folder with --out") from None
         if self.settings.tensorboard:
-            self.open_board()
-
-    def open_board(self):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UserError("--tensorboard needs a package: pip install tensorboard") from None
-        self.board = SummaryWriter(self.folder / "tensorboard")
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise UserError("--tensorboard needs a package: pip install tensorboard") from None
+            self.board = SummaryWriter(self.folder / "tensorboard")
 
     def write_config(self):
         """config.json, with the commands that were there before."""
@@ -1519,7 +1511,7 @@ class Run:
         """Notes what the data are. Raises UserError if the run that goes on here had others."""
         self.data = fingerprint(*datasets)
         self.other_data = bool(self.checkpoint) and self.checkpoint["data"] != self.data
-        if self.other_data and self.continues:
+        if self.other_data and any(self.folder.glob("*.pt")):  # none in a new --out
             raise UserError(f"--resume: {self.settings.dataset} holds other data than the run was "
                             "trained on; --out NEW starts a new run from its weights")
 
@@ -1559,9 +1551,8 @@ class Run:
         self.batches.load_state_dict(state["batches"])
         self.losses = [(at, name, torch.tensor(value)) for at, name, value in state["losses"]]
         try:
-            mine = state["random"][self.rank]
-            for set_state, saved in zip(self.generators("set_rng_state"), mine):
-                set_state(saved)
+            for module, saved in zip(self.generators(), state["random"][self.rank]):
+                module.set_rng_state(saved)
         except (RuntimeError, TypeError) as error:
             raise UserError("--resume: the checkpoint's random numbers do not go on here "
                             f"({first_line(error)})") from None
@@ -1570,10 +1561,9 @@ class Run:
         if protocol and (self.folder / "best.pt").exists():
             self.best = state["best"] if fits(state.get("best"), float) else None
 
-    def generators(self, verb):
-        """Get or set the state of each generator of random numbers in use."""
-        cuda = [getattr(torch.cuda, verb)] if self.machine.device.type == "cuda" else []
-        return [getattr(torch, verb), *cuda]
+    def generators(self):
+        """The modules that keep the state of the random numbers in use."""
+        return [torch, torch.cuda] if self.machine.device.type == "cuda" else [torch]
 
     def forget_after(self, step):
         """Drops log lines past the checkpoint, and a line torn by a kill: they are redone."""
@@ -1647,8 +1637,7 @@ class Run:
         for name, value in values.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise NotFinite(f"'{name}' is {value}")
-        for name, value in values.items() if self.board else ():
-            if isinstance(value, int | float):
+            if self.board and isinstance(value, int | float):
                 self.board.add_scalar(name, value, step)
         if self.main:
             epoch = round(step / self.batches.steps_per_epoch, 3)
@@ -1661,8 +1650,9 @@ class Run:
         due = terminal or time.time() - self.shown > 30 or step == self.steps
         if self.main and due:
             self.shown = time.time()
-            left = (self.shown - self.began) / max(step - self.first, 1) * (self.steps - step)
-            line = f"step {step}/{self.steps}  {self.text}  {left // 60:.0f}:{left % 60:02.0f} left"
+            each = (self.shown - self.began) / max(step - self.first, 1)
+            minutes, seconds = divmod(round(each * (self.steps - step)), 60)
+            line = f"step {step}/{self.steps}  {self.text}  {minutes}:{seconds:02} left"
             print(f"\r\033[K{line}" if terminal else line, end="" if terminal else "\n",
                   file=sys.stderr, flush=True)
 
@@ -1683,16 +1673,15 @@ class Run:
 
     def agree(self, flag):
         """True on every rank if `flag` is true on any."""
-        flag = torch.tensor(float(flag), device=self.machine.device)
-        if self.world > 1:
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag)
+        if self.world == 1:
+            return flag
+        most = torch.tensor(float(flag), device=self.machine.device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        return bool(most)
 
     def interrupted(self, step):
         """True once Ctrl-C or SIGTERM has arrived; several ranks agree on it every 20 steps."""
-        if self.world == 1:
-            return self.signal > 0
-        return step % 20 == 0 and self.agree(self.signal > 0)
+        return (self.world == 1 or step % 20 == 0) and self.agree(self.signal > 0)
 
     def is_best(self, score):
         """Whether this score is the least so far. None never is."""
@@ -1707,7 +1696,7 @@ class Run:
 
     def save(self, name, step):
         """Writes all that resuming needs, as tensors and plain values. Every rank calls it."""
-        random = [get_state() for get_state in self.generators("get_rng_state")]
+        random = [module.get_rng_state() for module in self.generators()]
         every = [random] * self.world
         if self.world > 1:
             dist.all_gather_object(every, random)
