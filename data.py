@@ -1753,16 +1753,15 @@ def run_table(argv, file, tables, main):
         if args.dataset not in [dataset for _, dataset, _ in table["columns"]]:
             flags += ["--dataset", args.dataset]
         table = table_on(table, args.dataset)
-    folder = Path(os.path.expanduser(args.out or f"runs/{file}-table{args.table}"))
     name = f"{file}-table{args.table}"
+    folder = Path(os.path.expanduser(args.out or f"runs/{name}"))
     before = json_lines(folder / "results.jsonl")
     if any(line.get("table") != name for line in before):
         raise UserError(f"{folder} holds other results than those of this table; choose another "
                         "folder with --out")
     runs = table_runs(file, table, args.seeds, flags, folder)
     check_flags(runs)
-    here = [part for flag in ("device", "root") if getattr(args, flag)
-            for part in (f"--{flag}", getattr(args, flag))]
+    here = [f"--{flag}={getattr(args, flag)}" for flag in ("device", "root") if getattr(args, flag)]
     missing = {} if args.report else train_runs(runs, here, table, main)
     lines, text = table_text(name, table, runs)
     text += ["", *table_notes(table, flags, runs, lines, missing)]
@@ -1862,8 +1861,7 @@ def table_text(name, table, runs):
         for (heading, dataset, metric), value in zip(table["columns"], published):
             mine = [run for run in runs if run["row"] == row and run["dataset"] == dataset]
             line = measured(mine, metric, table, 100 if "%" in heading else 1)
-            cells.append("–" if value is None else f"{value:g}")
-            cells.append("–")
+            cells += ["–" if value is None else f"{value:g}", "–"]
             if line:
                 cells[-1] = f"{line['value']:.4g}"
                 if "std" in line:
