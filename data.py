@@ -1755,8 +1755,8 @@ def run_table(argv, file, tables, main):
         table = table_on(table, args.dataset)
     name = f"{file}-table{args.table}"
     folder = Path(os.path.expanduser(args.out or f"runs/{name}"))
-    before = json_lines(folder / "results.jsonl")
-    if any(line.get("table") != name for line in before):
+    before = [line.get("table") for line in json_lines(folder / "results.jsonl")]
+    if (folder / "results.jsonl").exists() and set(before) != {name}:
         raise UserError(f"{folder} holds other results than those of this table; choose another "
                         "folder with --out")
     runs = table_runs(file, table, args.seeds, flags, folder)
@@ -1801,11 +1801,12 @@ def table_runs(file, table, seeds, flags, folder):
 
 
 def json_lines(path):
-    """The objects of a file of JSON lines; none if it cannot be read."""
+    """The objects of a file of JSON lines; none if it cannot be read, or holds something else."""
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
     except (OSError, ValueError):
         return []
+    return lines if fits(lines, [dict]) else []
 
 
 def check_flags(runs):

@@ -1384,11 +1384,10 @@ def of_array(x):
     if x.dtype != np.uint8:
         if not np.isfinite(x).all():
             raise ValueError("some numbers are NaN or infinite")
-        least, most = x.min(), x.max()
-        scaled = {-1: "((x + 1) * 127.5)", 0: "(x * 255)"}.get(math.floor(least), "x")
-        scaled = scaled if most <= 1 else "x"
-        raise ValueError(f"{x.dtype} from {least:.3g} to {most:.3g}, not bytes: save "
-                         f"{scaled}.round().clip(0, 255).astype('uint8')")
+        how = {-1: "((x + 1) * 127.5)", 0: "(x * 255)"}.get(math.floor(x.min()), "x")
+        how = how if x.max() <= 1 else "x"
+        raise ValueError(f"{x.dtype} from {x.min():.3g} to {x.max():.3g}, not bytes: save "
+                         f"{how}.round().clip(0, 255).astype('uint8')")
     shape = x.shape
     x = x[:, None] if x.ndim == 3 else x
     if x.ndim == 4 and x.shape[3] in (1, 3):
