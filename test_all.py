@@ -1212,20 +1212,15 @@ def test_cache_is_reused_and_a_damaged_or_stale_file_is_rebuilt(tmp_path, capsys
 
 
 def test_statistics_of_another_count_or_network_are_others(tmp_path):
-    class Extract:
-        metric = "x"
-        dim = 64
-        device = torch.device("cpu")
+    def extract(shift):
+        def features(u8):
+            return (u8.flatten(1).float() + shift,) * 2
 
-        def __init__(self, shift):
-            self.key = {"network": shift}
-
-        def __call__(self, u8):
-            return (u8.flatten(1).float() + self.key["network"],) * 2
+        return mock.Mock(side_effect=features, metric="x", dim=64, device=torch.device("cpu"),
+                         key={"network": shift})
 
     def moments(n, shift):
-        dataset = counted(50)
-        return metrics.real_statistics(dataset, n, None, Extract(shift), tmp_path)["moments"]
+        return metrics.real_statistics(counted(50), n, None, extract(shift), tmp_path)["moments"]
 
     assert [moments(n, 0).n for n in (20, 40, 20)] == [20, 40, 20]
     for file in (tmp_path / "cache").iterdir():  # an honest checksum, and what cannot be
