@@ -4992,6 +4992,7 @@ def test_best_is_chosen_by_the_first_of_fid_fcd_kl_and_mse():
             assert module.score_of(found) == found.pop(name)
     found = [dict(modes=n, high_quality=share) for n, share in ((25, .8), (25, .7), (24, .9))]
     assert found == sorted(found, key=aim.score_of)
+    assert latentmap.score_of({"chamfer": .2, "mse": .1}) == .2
 
 
 @for_each_file
@@ -5121,23 +5122,13 @@ def test_a_run_is_not_among_its_own_pictures(pictures, flags_of, fails, monkeypa
     assert not (pictures / "run").exists() and not (pictures / "runs").exists()
 
 
-class Lost(io.StringIO):
-    """A stream without a reader, or on a full disk."""
-
-    def __init__(self, error):
-        super().__init__()
-        self.error = error
-
-    def write(self, text):
-        raise self.error
-
-
 @pytest.mark.parametrize("error, code", [
     (BrokenPipeError(32, "Broken pipe"), 0), (OSError(28, "No space left on device"), 2)])
 def test_nobody_has_to_read_what_a_run_prints(error, code, flags_of, tmp_path, monkeypatch):
     """`| head -1`, a full disk, a closed stderr: the run goes on; of a full disk the code tells."""
     run = tmp_path / "run"
-    monkeypatch.setattr(sys, "stdout", Lost(error))
+    fails = {"write.side_effect": error, "fileno.side_effect": io.UnsupportedOperation}
+    monkeypatch.setattr(sys, "stdout", mock.Mock(**fails))
     monkeypatch.setattr(sys, "stderr", None)
     assert cli(aim, *flags_of("aim", "--steps", 2, "--out", run)) == code
     assert saved(run)["step"] == 2 and sys.stderr is None
@@ -5170,28 +5161,22 @@ def test_a_notebook_s_thread_trains_and_keeps_its_random_numbers(name, flags_of,
 
 def test_tensorboard_gets_scalars_and_pictures_or_one_sentence(flags_of, tmp_path, fails,
                                                                monkeypatch):
-    seen = []
-
-    class SummaryWriter:
-        def __init__(self, folder):
-            seen.append(("folder", folder))
-
-        def __getattr__(self, verb):
-            return lambda *args: seen.append((verb, *args))
-
-    stub = types.SimpleNamespace(SummaryWriter=SummaryWriter)
+    stub = mock.MagicMock()
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", stub)
     run = tmp_path / "run"
     flags = flags_of("aim", "--steps", 3, "--tensorboard", "--eval-every", 2, "--out")
     assert cli(aim, *flags, run) == 0
-    assert seen[0] == ("folder", run / "tensorboard") and seen[-1] == ("close",)
-    scalars = {(key, step): value for verb, key, value, step in seen[1:-1] if verb == "add_scalar"}
+    stub.SummaryWriter.assert_called_once_with(run / "tensorboard")
+    *calls, last = stub.SummaryWriter.return_value.method_calls
+    told = {verb: {(key, step): value for name, (key, value, step), _ in calls if name == verb}
+            for verb in ("add_scalar", "add_image")}
     logged = {(key, line["step"]): value for line in log_of(run) for key, value in line.items()
               if isinstance(value, int | float) and key not in ("step", "epoch")}
-    assert scalars == logged and {("mse", 2), ("mse", 3)} <= scalars.keys()
-    shown = {(key, step): value for verb, key, value, step in seen[1:-1] if verb == "add_image"}
+    assert told["add_scalar"] == logged and {("mse", 2), ("mse", 3)} <= logged.keys()
+    shown = told["add_image"]
     assert shown.keys() == {(key, step) for key in ("samples", "recon") for step in (2, 3)}
     assert all(image.dtype == np.uint8 and image.shape[0] in (1, 3) for image in shown.values())
+    assert last == mock.call.close()
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     fails("--tensorboard needs a package: pip install tensorboard", aim, *flags, tmp_path / "2")
 
@@ -5317,16 +5302,19 @@ def test_latentmap_does_not_sample_from_an_untrained_map(copied, fails):
     (ivgen, None, "cifar10", None, 50_000, True), (ivgen, None, "mnist", None, 60_000, True),
     (ivgen, "aae", "celeba", None, 20_000, True), (ivgen, "aae", "digits", None, 20_000, False),
     (aim, None, "mnist", None, 50_000, False), (aim, None, "cifar10", None, 50_000, True),
+    (aim, None, "fashion-mnist", None, 50_000, False),
+    (aim, None, "/a/folder/mnist", None, 10_000, False),
     (latentmap, None, "celeba", None, 50_000, True), (latentmap, None, "digits", None, 5000, False),
     (latentmap, None, "mnist", None, 10_000, False)])
 def test_samples_and_fid_are_the_protocols(module, model, dataset, given, samples, has_fid,
                                            tmp_path, monkeypatch):
-    """On a machine with CUDA and the weights: Inception only where the paper prints its scores."""
+    """On a machine with CUDA and the weights: Inception, and for AIM Li et al.'s network, only
+    where the paper prints its scores."""
     class Seen(Exception):
         """Ends the run where its Evaluator would be made."""
 
-    def evaluator(train_set, test_set, size, device, root, samples, inception, **_):
-        raise Seen(samples, inception)
+    def evaluator(train_set, test_set, size, device, root, samples, inception, li=None, **_):
+        raise Seen(samples, inception, li)
 
     def weights_if(asked, has_fid, *_):
         return "weights" if has_fid else None
@@ -5340,7 +5328,8 @@ def test_samples_and_fid_are_the_protocols(module, model, dataset, given, sample
         config = dataclasses.replace(config, samples=given)
     with pytest.raises(Seen) as seen:
         module.train(config, module.Machine(), tmp_path / "run")
-    assert seen.value.args == (samples, "weights" if has_fid else None)
+    of_li = dataset == "mnist" if module is aim else None
+    assert seen.value.args == (samples, "weights" if has_fid else None, of_li)
 
 
 # ---- numbers that are not finite -----------------------------------------------------------------
@@ -5381,49 +5370,44 @@ def test_a_number_that_is_not_finite_ends_the_run(name, what, flags_of, tmp_path
     assert saved(tmp_path / "run")["step"] == 2
 
 
-@pytest.mark.parametrize("name, model", [
-    ("aim", "aim"), ("aim", "gan"), ("aim-images", "aim"), ("latentmap", "vae"),
-    ("latentmap-images", "vae"), ("ivaae-rad", "wae-mmd")])
-def test_what_an_evaluation_finds_first_ends_the_run_too(name, model, flags_of, tmp_path, capsys):
-    """Losses and weights may be finite where what is generated or encoded is not."""
+@pytest.mark.parametrize("name, model, lr, every", [
+    ("aim", "aim", 1e12, 1), ("aim", "gan", 1e12, 1), ("aim-images", "aim", 1e12, 1),
+    ("latentmap", "vae", 1e12, 1), ("latentmap-images", "vae", 1e12, 1),
+    ("ivaae-rad", "wae-mmd", 1e12, 1), ("ivlsgan", "dcgan", 1e10, 3)])
+def test_what_an_evaluation_finds_first_ends_the_run_too(name, model, lr, every, flags_of, tmp_path,
+                                                         capsys):
+    """Losses and weights may be finite where what is generated or encoded is not.
+
+    In the last the running statistics overflow.
+    """
     run = tmp_path / "run"
-    flags = flags_of(name, "--model", model, "--steps", 4, "--eval-every", 1, "--lr", 1e12)
+    flags = flags_of(name, "--model", model, "--steps", 6, "--eval-every", every, "--lr", lr)
     assert cli(RUNS[name][0], *flags, "--out", run) == 3
     said = capsys.readouterr().err
     assert said.count("last good checkpoint") == 1 and ": step " in said
     log = (run / "log.jsonl").read_text()
     assert "NaN" not in log and "Infinity" not in log and log_of(run) is not None
-    assert all(value.isfinite().all() for value in saved(run)["weights"].values())
+    for path in run.glob("*.pt"):
+        assert all(value.isfinite().all() for value in saved(run, path.name)["weights"].values())
+    assert (run / "last.pt").exists()
 
 
 @for_each_file
 @pytest.mark.parametrize("what", ["weights", "optimisers"])
 def test_a_checkpoint_that_is_not_finite_is_not_used(name, what, copied, capsys):
+    """The last of its buffers or of its moments is infinite."""
     run = copied(name)
     state = saved(run)
-    spoil(state, what)
-    torch.save(state, run / "last.pt")
-    for flags in (("--sample", 2), ("--steps", 9)):
-        assert resume(name, run, *flags) == 3
-        assert "are not finite" in capsys.readouterr().err
-    assert not (run / "drawn").exists()
-
-
-def spoil(state, what):
-    """Makes a number of a checkpoint infinite: the last of the buffers or of the moments."""
     values = [value for value in state["weights"].values() if value.is_floating_point()]
     if what == "optimisers":
         values = [moments["exp_avg"] for optimiser in state["optimisers"].values()
                   for moments in optimiser["state"].values()]
     values[-1].fill_(math.inf)
-
-
-def test_running_statistics_that_overflow_end_a_run(flags_of, tmp_path, capsys):
-    flags = flags_of("ivlsgan", "--model", "dcgan", "--lr", 1e10, "--steps", 6, "--eval-every", 3)
-    assert cli(ivgen, *flags, "--out", tmp_path / "run") == 3
-    for path in (tmp_path / "run").glob("*.pt"):
-        values = saved(path.parent, path.name)["weights"].values()
-        assert all(value.isfinite().all() for value in values)
+    torch.save(state, run / "last.pt")
+    for flags in (("--sample", 2), ("--steps", 9)):
+        assert resume(name, run, *flags) == 3
+        assert "are not finite" in capsys.readouterr().err
+    assert not (run / "drawn").exists()
 
 
 # ---- mistakes end in one sentence ----------------------------------------------------------------
@@ -5477,6 +5461,12 @@ MISTAKES = {  # of every file, then of each
         "--model wgan-gp --compile": "--compile does not go with wgan-gp",
         "--dataset grid25": "holds points; ivgen.py needs images",
         "--probe classifier": "--probe needs --resume RUN",
+        "--network vgg": "vgg is not one of table1, pacgan",
+        "--network pacgan --size 32": "are for 28 pixels",
+        "--size 28": "28 is no power of two",
+        "--model aae --network fc": "unrecognized arguments",
+        "--model unrolled --compile": "differentiates twice",
+        "--model unrolled --amp fp16": "use bf16 or off",
     },
     aim: {
         "--model gan --lam 1": "unrecognized arguments: --lam",
@@ -5490,6 +5480,8 @@ MISTAKES = {  # of every file, then of each
         "--std 0": "--std 0.0 is too small",
         "--decay cosine": "--decay cosine is not one of sqrt, linear, none",
         f"--latent {10**14}": "out of memory; try a smaller",
+        "--model unrolled --compile": "--compile does not go with unrolled",
+        "--model pacgan --pack 9 --batch 8": "--pack 9: there are only 8 items",
     },
     latentmap: {
         "--model vae --omega1 1": "unrecognized arguments: --omega1",
@@ -5635,6 +5627,9 @@ def test_bad_checkpoints_end_in_one_sentence(name, copied, finished, fails):
         fails(sentence, module, "--resume", path.parent, "--steps", 9, *flags)
         after = {file: file.read_bytes() for file in path.parent.rglob("*") if file.is_file()}
         assert after == before  # What cannot be honoured is refused before anything is written.
+    denied = PermissionError(13, "Permission denied", "last.pt")  # which is not damage
+    with mock.patch.object(zipfile, "ZipFile", side_effect=denied):
+        fails("Permission denied", module, "--resume", path.parent)
     path.unlink()
     fails("there is no checkpoint", module, "--resume", path.parent)
 
@@ -5662,29 +5657,14 @@ def test_a_flipped_bit_anywhere_in_a_checkpoint_is_noticed_or_harmless(tmp_path)
 
 
 @for_each_file
-def test_an_unreadable_checkpoint_is_not_called_damaged(name, copied, fails, monkeypatch):
-    def denied(*_):
-        raise PermissionError(13, "Permission denied", "last.pt")
-
-    run = copied(name)
-    monkeypatch.setattr(zipfile, "ZipFile", denied)
-    fails("Permission denied", RUNS[name][0], "--resume", run)
-
-
-@for_each_file
 def test_a_full_disk_and_a_compiler_that_fails_are_sentences(name, copied, flags_of, monkeypatch,
                                                             capsys):
     run = copied(name)
     whole = (run / "last.pt").read_bytes()
-
-    def full(*_):
-        raise RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos\nlong tale")
-
-    def no_compiler(model):
-        raise torch._dynamo.exc.TorchRuntimeError("no g++ here\nand a long tale")
-
-    monkeypatch.setattr(data, "compile_networks", no_compiler)
-    monkeypatch.setattr(torch, "save", full)
+    full = RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos\nlong tale")
+    no_compiler = torch._dynamo.exc.TorchRuntimeError("no g++ here\nand a long tale")
+    monkeypatch.setattr(data, "compile_networks", mock.Mock(side_effect=no_compiler))
+    monkeypatch.setattr(torch, "save", mock.Mock(side_effect=full))
     for flags, sentence in (((), "cannot be written"),
                             (("--compile",), "--compile failed (no g++ here)")):
         assert resume(name, run, "--steps", 9, "--eval-every", 99, *flags) == 2
