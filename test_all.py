@@ -3021,24 +3021,20 @@ def sampled_objective(p, q):
 @pytest.mark.parametrize("seed", range(5))
 def test_eq_2_and_3_decompose_the_matching_of_priors_and_conditionals(seed):
     """Both sides of Eq. (3), and of Eq. (2) for each z, by nothing but sums of logarithms."""
-    joints = [random_joint(seed), random_joint(seed + 100)]
-    p, q = (joint.tolist() for joint in joints)
-    X = range(4)
-    qx = [sum(row) for row in q]
-    left = right = constant = 0.
-    for z in range(3):
-        pz, qz = (sum(joint[x][z] for x in X) for joint in (p, q))
-        p_x = [p[x][z] / pz for x in X]  # p(x|z)
-        kl_conditionals = sum(p_x[x] * math.log(p_x[x] / (q[x][z] / qz)) for x in X)
-        kl_to_data = sum(p_x[x] * math.log(p_x[x] / qx[x]) for x in X)
-        nll = -sum(p_x[x] * math.log(q[x][z] / qx[x]) for x in X)
-        assert abs(kl_conditionals - (kl_to_data + nll + math.log(qz))) < 1e-12  # Eq. (2)
-        left += pz * (kl_conditionals + math.log(pz / qz))  # Eq. (1)
-        right += pz * (kl_to_data + nll)
-        constant -= pz * math.log(pz)
-    assert abs(left + constant - right) < 1e-12 and left > 0  # Eq. (3)
-    assert abs(matching_objective(*joints) - left) < 1e-12
-    assert abs(sampled_objective(*joints) - right) < 1e-12
+    p, q = (random_joint(n) for n in (seed, seed + 100))
+    q_x = q.sum(1, keepdim=True)
+    q_z = q.sum(0)
+    p_z = p.sum(0)
+    p_x = p / p_z                                       # p(x|z)
+    kl_conditionals = (p_x * (p_x / (q / q_z)).log()).sum(0)
+    kl_to_data = (p_x * (p_x / q_x).log()).sum(0)
+    nll = -(p_x * (q / q_x).log()).sum(0)
+    assert (kl_conditionals - (kl_to_data + nll + q_z.log())).abs().max() < 1e-12     # Eq. (2)
+    left = (p_z * (kl_conditionals + (p_z / q_z).log())).sum()                          # Eq. (1)
+    right = (p_z * (kl_to_data + nll)).sum()
+    assert abs(left - (p_z * p_z.log()).sum() - right) < 1e-12 and left > 0             # Eq. (3)
+    assert abs(matching_objective(p, q) - left) < 1e-12
+    assert abs(sampled_objective(p, q) - right) < 1e-12
 
 
 def test_proposition_1_the_joints_are_equal_at_the_minimum():
@@ -3080,22 +3076,6 @@ def test_posterior_nll_is_eq_8(kind, tolerance):
     torch.testing.assert_close(aim.posterior_nll(z, mu, 0 * z), half_distance, **near)
 
 
-def test_aims_losses_are_their_equations():
-    real, fake = torch.randn(2, 6).unbind()
-    p = torch.sigmoid(real)
-    q = torch.sigmoid(fake)
-    close = torch.testing.assert_close
-    close(aim.gan_loss_of_d(real, fake), -p.log().mean() - (1 - q).log().mean())  # Eq. (7), negated
-    close(aim.gan_loss_of_g(fake), -q.log().mean())
-    value = real.mean() + (-torch.exp(fake - 1)).mean()  # Eq. (6)
-    close(aim.fgan_loss_of_d(real, fake), -value)
-    close(aim.fgan_loss_of_g(fake), value - real.mean())
-    close(aim.joint_loss(real, fake), -(1 - p).log().mean() - q.log().mean())  # ALI, swapped
-    x, y = torch.randn(2, 4, 2).unbind()
-    close(aim.cycle_loss(x, y, 1), F.l1_loss(x, y))
-    close(aim.cycle_loss(x, y, 2), F.mse_loss(x, y))
-
-
 def test_eq_6_estimates_the_kl_divergence():
     """Sec. 4.4: the value function bounds KL(q || p) from below, and the best D attains it."""
     p = random_joint(3, 6, 1)[:, 0]
@@ -3129,6 +3109,12 @@ def test_algorithm_1s_losses(model, dataset):
         wanted[1] = wanted[1] + nll / (1 if model == "aim-fgan" else net.latent)
         assert model != "aim-minus" or not log_var.any()
     torch.testing.assert_close(losses, wanted, rtol=1e-4, atol=1e-5)
+    for n, own in enumerate(("features critic", "G" if model == "gan" else "G E")):
+        own = [p for name in own.split() for p in getattr(net, name).parameters()]
+        gradients = (torch.autograd.grad(loss[n], own, retain_graph=True)
+                     for loss in (losses, wanted))
+        found, expected = (torch.cat([g.flatten() for g in each]) for each in gradients)
+        assert (found - expected).norm() < 1e-3 * expected.norm()
 
 
 @pytest.mark.parametrize("model, authors", [
@@ -3159,6 +3145,7 @@ def test_alis_losses_are_written_out(model, authors, dataset):
             wanted[0] = wanted[0] - .7 * (same.log().mean() + (1 - cycle).log().mean())
             wanted[1] = wanted[1] - .7 * cycle.log().mean()
     torch.testing.assert_close(losses, wanted, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(aim.cycle_loss(x, -x, 2), (4 * x.square()).mean())
 
 
 # ---- networks ------------------------------------------------------------------------------------
@@ -3304,6 +3291,7 @@ def test_every_model_steps_and_answers_its_verbs(model, dataset):
     else:
         assert net.encode(x).shape == z.shape and net.reconstruct(x).shape == x.shape
         assert net.neighbours(x, 3).shape == (8, 3, *x.shape[1:])
+        assert_no_side_effects(net, x)
 
 
 @pytest.mark.parametrize("model", aim.MODELS)
@@ -3320,17 +3308,6 @@ def test_each_optimiser_moves_its_own_networks_down_its_own_loss(model):
             assert who_moved(net, functools.partial(net.step, x)) == set(networks.split())
             after = losses_of_step(net, x)[n]
         assert after < before - 1e-6
-
-
-@pytest.mark.parametrize("dataset", ["grid25", "mnist"])
-def test_l_e_reaches_g_through_d_feature(dataset):
-    """Sec. 5."""
-    gradients = []
-    for lam in (1., 0.):
-        net, x = small_aim("aim", dataset, std=.2, lam=lam)
-        gradient = torch.autograd.grad(losses_of_step(net, x)[1], list(net.G.parameters()))
-        gradients.append(torch.cat([part.flatten() for part in gradient]))
-    assert (gradients[0] - gradients[1]).norm() > .01 * gradients[1].norm()
 
 
 def test_a_step_goes_against_both_gradients_of_one_forward():
@@ -3355,22 +3332,6 @@ def test_without_lambda_e_rests_and_the_rest_is_the_gan():
         torch.manual_seed(7)
         assert who_moved(each, functools.partial(each.step, x)) == {"G", "features", "critic"}
     assert all(torch.equal(v, net.state_dict()[k]) for k, v in gan.state_dict().items())
-
-
-def test_aim_minus_is_aim_with_sigma_1():
-    """AIM whose log-variance head gives 0 takes the very step that AIM- takes."""
-    full, x = small_aim("aim", std=.2)
-    minus, _ = small_aim("aim-minus", std=.2)
-    nn.init.zeros_(full.E.log_var[-1].weight)
-    minus.load_state_dict({k: full.state_dict()[k] for k in minus.state_dict()})
-    losses = []
-    for net in (full, minus):
-        torch.manual_seed(7)
-        losses.append(net.step(x))
-    assert losses[0] == losses[1]
-    assert all(torch.equal(v, full.state_dict()[k]) for k, v in minus.state_dict().items())
-    assert torch.equal(minus.posterior(x)[1], torch.ones(8, 2))
-    assert not torch.equal(full.posterior(x)[1], torch.ones(8, 2))
 
 
 @pytest.mark.parametrize("model", ["aim", "ali", "alice", "alice-adv"])
@@ -3426,8 +3387,6 @@ def test_packs(dataset):
         assert torch.equal(real[i, n], x[(i + n) % 8])
     assert len(samples) == 3 and torch.equal(fake, torch.stack(samples, 1))
     assert not torch.equal(samples[0], samples[1])
-    with pytest.raises(data.UserError, match="--pack 9: there are only 8 items"):
-        dataclasses.replace(net.config, pack=9).check()
 
 
 def naive_unroll(net, x, x_tilde, K):
@@ -3518,8 +3477,6 @@ def test_without_unrolling_it_is_the_gan_up_to_gs_loss():
         torch.manual_seed(7)
         each.step(x)
     assert all(torch.equal(v, net.state_dict()[k]) for k, v in gan.state_dict().items())
-    with pytest.raises(data.UserError, match="--compile does not go with unrolled"):
-        dataclasses.replace(net.config, compile=True).check()
 
 
 @pytest.mark.parametrize("dataset, authors", [("grid25", 0), ("grid25", 1), ("mnist", 0)])
@@ -3541,27 +3498,15 @@ def test_veegans_four_terms(dataset, authors):
     torch.manual_seed(5)
     loss_d, parts = net.losses(x)
     assert list(parts) == ["g", "e"]
-    expected = [loss_d, *parts.values()]
     first, second, *others = terms()
-    torch.testing.assert_close([first + second, *others], expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(losses_of_step(net, x), [loss_d, sum(parts.values())])
-
-    def reached(term):
-        gradients = [torch.autograd.grad(term, list(getattr(net, name).parameters()),
-                                         retain_graph=True, allow_unused=True) for name in "DGE"]
-        return "".join(name for name, own in zip("DGE", gradients)
-                       if any(g is not None and g.any() for g in own))
-
-    assert [reached(term) for term in parts.values()] == ["DG", "GE"]
-    for name, falls in (("optimiser_d", [0, 1]), ("optimiser_g", [2, 3])):
-        net, x = small_aim("veegan", dataset, authors, lr=1e-4, decay="none")
-        other, = {"optimiser_d", "optimiser_g"} - {name}
-        getattr(net, other).step = lambda *_, **__: None
-        before = terms()
-        moves = who_moved(net, lambda: [net.step(x) for _ in range(20)])
-        assert moves == ({"D"} if name == "optimiser_d" else {"G", "E"})
-        after = terms()
-        assert sum(after[n] for n in falls) < sum(before[n] for n in falls)
+    wanted = [first + second, *others]
+    torch.testing.assert_close(wanted, [loss_d, *parts.values()], rtol=1e-4, atol=1e-4)
+    own = [net.D.parameters(), [*net.G.parameters(), *net.E.parameters()]]
+    for loss, term, weights in zip(losses_of_step(net, x), (wanted[0], sum(others)), own):
+        weights = list(weights)
+        found, expected = (torch.autograd.grad(each, weights, retain_graph=True)
+                           for each in (loss, term))
+        torch.testing.assert_close([loss, *found], [term, *expected], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("model", ["ali", "alice", "alice-adv"])
@@ -3600,18 +3545,6 @@ def test_neighbours_are_drawn_from_the_posterior():
     z = net.neighbours(x, 4000)
     assert ((z.mean(1) - mu).abs() < 5 * sigma / 4000 ** .5).all()
     assert ((z.std(1) / sigma - 1).abs() < .06).all() and torch.equal(net.reconstruct(x), mu)
-
-
-def test_inference_has_no_side_effects():
-    net, x = small_aim("aim", "mnist")
-    net.step(x)
-    before = copy.deepcopy(net.state_dict())
-    rng = torch.get_rng_state()
-    z = net.encode(x)
-    one_by_one = torch.cat([net.decode(z[i:i + 1]) for i in range(8)])
-    torch.testing.assert_close(net.reconstruct(x), one_by_one, atol=1e-5, rtol=1e-4)
-    assert torch.equal(rng, torch.get_rng_state()) and net.training
-    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
 
 
 # ---- settings and metrics ------------------------------------------------------------------------
@@ -3666,19 +3599,6 @@ def test_a_size_brings_the_networks_of_its_table(flags, table, width, latent):
     _, config, _ = data.parse(flags.split(), "aim", aim.__doc__, aim.preset)
     make = aim.networks_of(config)
     assert (type(make), make.w, make.d) == (table, width, latent)
-
-
-@pytest.mark.parametrize("dataset, inception, li", [
-    ("cifar10", True, False), ("mnist", False, True), ("fashion-mnist", False, False),
-    ("/a/folder/mnist", False, False)])
-def test_table_1_is_scored_by_inception_and_by_li_et_als_network(dataset, inception, li,
-                                                                 monkeypatch):
-    asked = {}
-    monkeypatch.setattr(metrics, "Evaluator", lambda *_, li: asked.update(li=li))
-    monkeypatch.setattr(metrics, "inception_default",
-                        lambda given, wanted, *_: asked.update(inception=wanted))
-    aim.make_evaluator(aim.preset("aim", dataset), aim.Machine(), None, None)
-    assert asked == {"inception": inception, "li": li}
 
 
 def test_point_metrics():
