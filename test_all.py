@@ -60,6 +60,12 @@ def cli(module, *args):
     return data.run_command(module.main, [str(arg) for arg in args])
 
 
+def settings_from(module, *flags):
+    """The settings that a command line asks for."""
+    flags = [str(flag) for flag in flags]
+    return data.parse(flags, module.FILE, module.__doc__, module.preset)[1]
+
+
 def folder_of_pictures(path, n=96, size=32):
     """n unlabelled pictures of random blobs: a set without classifier, so its runs take seconds."""
     path.mkdir(parents=True, exist_ok=True)
@@ -100,13 +106,16 @@ def log_of(run):
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
-def weights(network):
-    return [p.detach().clone() for p in network.parameters()]
+def alike(a, b):
+    """Whether two networks have the same weights, bit for bit."""
+    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
 
-def moved(before, network):
-    """Whether any weight of `network` differs from those of `before`."""
-    return any(not torch.equal(a, b) for a, b in zip(before, network.parameters()))
+def who_moved(net, step):
+    """The names of the networks of which step() changes a weight."""
+    before = dict(copy.deepcopy(net).named_children())
+    step()
+    return {name for name, network in net.named_children() if not alike(network, before[name])}
 
 
 def assert_no_side_effects(net, x):
@@ -2011,11 +2020,6 @@ def striped(n, labels=True):
     return data.Dataset("stripes", "train", x, y if labels else None, 10 if labels else 0)
 
 
-def alike(a, b):
-    """Whether two networks have the same weights, bit for bit."""
-    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
-
-
 def near(a, b, rtol=1e-4, atol=1e-5):
     torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
 
@@ -2768,18 +2772,13 @@ def test_ivgens_presets_are_the_papers():
             ivgen.preset(model, dataset).check()
 
 
-def settings_from(*flags):
-    """The settings that a command line of ivgen.py asks for."""
-    return data.parse([str(f) for f in flags], "ivgen", ivgen.__doc__, ivgen.preset)[1]
-
-
 @pytest.mark.parametrize("model, field, value", [
     ("ivlsgan", "lr", 2e-4), ("ivlsgan", "mu", 0.), ("ivlsgan", "lam", 1.), ("mrgan", "mu_e", 3.),
     ("ivaae-rad", "lr", 2e-3), ("ivaae-rad", "mu2", 1.), ("pacdcgan", "pack", 4),
     ("unrolled", "unroll", 0), ("unrolled", "lr_d", 1e-3), ("dcgan", "triples", 9)])
 def test_a_flag_sets_the_field_of_its_name_and_no_other(model, field, value):
     flag = "--" + field.replace("_", "-")
-    settings = settings_from("--dataset", "cifar10", "--model", model, flag, value)
+    settings = settings_from(ivgen, "--dataset", "cifar10", "--model", model, flag, value)
     assert settings == dataclasses.replace(ivgen.preset(model, "cifar10"), **{field: value})
 
 
@@ -2787,11 +2786,11 @@ def test_the_flag_network_chooses_a_preset():
     """As --model and --dataset do; of DCGAN's settings it chooses PacGAN's with it (D21)."""
     for model in ("dcgan", "lsgan", "ivlsgan"):
         flags = ("--dataset", "stacked-mnist", "--model", model)
-        plain = settings_from(*flags)
-        assert settings_from(*flags, "--network", "table1") == plain
+        plain = settings_from(ivgen, *flags)
+        assert settings_from(ivgen, *flags, "--network", "table1") == plain
         more = dict(network="pacgan", size=28, d_norm="dcgan")
         wanted = dataclasses.replace(plain, **more | (ivgen.PACGAN if model == "dcgan" else {}))
-        assert settings_from(*flags, "--network", "pacgan") == wanted
+        assert settings_from(ivgen, *flags, "--network", "pacgan") == wanted
 
 
 def stacked_stripes(n):
@@ -2849,7 +2848,7 @@ def test_every_row_of_ivgens_tables_can_be_asked_for():
         for row, (flags, *published) in table["rows"].items():
             assert len(published) == len(table["columns"])
             for _, dataset, _ in table["columns"] if flags is not None else ():
-                config = settings_from("--dataset", dataset, *flags.split())
+                config = settings_from(ivgen, "--dataset", dataset, *flags.split())
                 if name == "4":
                     assert f"mu = {config.mu:g}, k = {config.k}".replace("0.", ".") == row
                     assert (config.model, config.mu_e) == ("ivlsgan", 2 * config.mu)    # Sec. 5
@@ -2992,12 +2991,6 @@ def losses_of_step(net, x):
     assert [optimiser for optimiser, _ in pairs] == [net.optimiser_d, net.optimiser_g]
     torch.manual_seed(5)
     return [loss for _, loss in pairs]
-
-
-def who_moved(net, step):
-    before = {name: weights(network) for name, network in net.named_children()}
-    step()
-    return {name for name, network in net.named_children() if moved(before[name], network)}
 
 
 def random_joint(seed, rows=4, columns=3):
@@ -3572,7 +3565,7 @@ def test_presets_are_the_papers():
     ("--model veegan --batch 32 --epochs 3 --lr .5", ".5 none .5 32 3"),
     ("--model alice --dataset mnist", "2e-4 sqrt .5 100 400")])
 def test_settings_of_the_authors_are_defaults_of_the_flags(flags, values):
-    _, config, _ = data.parse([*flags.split(), "--authors"], "aim", aim.__doc__, aim.preset)
+    config = settings_from(aim, *flags.split(), "--authors")
     found = [config.lr, config.decay, config.beta1, config.batch, config.steps or config.epochs]
     lr, decay, *others = values.split()
     assert found == [float(lr), decay, *map(float, others)] and config.authors
@@ -3587,7 +3580,7 @@ def test_which_systems_have_settings_of_their_authors():
         with pytest.raises(data.UserError, match=f"no such settings of {model} on {dataset}"):
             aim.preset(model, dataset, True)
     rows = [row[0].split() for name in ("2", "ring") for row in aim.TABLES[name]["rows"].values()]
-    assert all(data.parse(flags, "aim", aim.__doc__, aim.preset) for flags in rows)
+    assert all(settings_from(aim, *flags) for flags in rows)
 
 
 @pytest.mark.parametrize("flags, table, width, latent", [
@@ -3596,8 +3589,7 @@ def test_which_systems_have_settings_of_their_authors():
     ("--dataset mnist --size 64 --latent 5", aim.Table4, 128, 5),
     ("--width 80", aim.Points, 80, 2)])
 def test_a_size_brings_the_networks_of_its_table(flags, table, width, latent):
-    _, config, _ = data.parse(flags.split(), "aim", aim.__doc__, aim.preset)
-    make = aim.networks_of(config)
+    make = aim.networks_of(settings_from(aim, *flags.split()))
     assert (type(make), make.w, make.d) == (table, width, latent)
 
 
@@ -4135,14 +4127,11 @@ def test_latentmap_presets_are_the_papers():
 
 def test_authors_settings_are_defaults_that_flags_override():
     """--authors, like --model, chooses the defaults (D8); what is given by hand stays."""
-    def parsed(*argv):
-        return data.parse(list(argv), "latentmap", "About.", latentmap.preset)[1]
-
     for model, lr, beta1, beta2, batch, prior in (
             ("vae", 5e-4, 0.5, 0.999, 64, "sphere"), ("aae", 2e-4, 0.5, 0.999, 64, "sphere"),
             ("introvae", 2e-4, 0.5, 0.999, 64, "sphere"), ("age", 2e-4, 0.5, 0.999, 64, "sphere"),
             ("alae", 2e-4, 0.0, 0.99, 32, "gauss")):
-        c = parsed("--model", model, "--dataset", "celeba", "--authors")
+        c = settings_from(latentmap, "--model", model, "--dataset", "celeba", "--authors")
         assert c == latentmap.preset(model, "celeba", authors=True) and c.authors
         assert (c.lr, c.beta1, c.beta2, c.batch, c.prior) == (lr, beta1, beta2, batch, prior)
         ours = latentmap.preset(model, "celeba")
@@ -4152,11 +4141,12 @@ def test_authors_settings_are_defaults_that_flags_override():
             assert group["betas"] == (beta1, beta2) and group["lr"] == lr
         points = latentmap.preset(model, "swissroll3d", authors=True)
         assert points.prior == ("sphere" if model == "age" else "gauss")  # D4
-    c = parsed("--model", "vae", "--dataset", "celeba", "--authors", "--lr", "1e-3", "--batch", "7")
+    given = "--model vae --dataset celeba --authors --lr 1e-3 --batch 7"
+    c = settings_from(latentmap, *given.split())
     assert (c.lr, c.batch, c.beta1, c.authors) == (1e-3, 7, 0.5, True)
     for model in ("latentmap", "latentmap-nobn", "wae"):
         with pytest.raises(data.UserError, match="unrecognized arguments: --authors"):
-            parsed("--model", model, "--authors")
+            settings_from(latentmap, "--model", model, "--authors")
 
 
 CONSTANTS = [  # model, constant, of points, of digits, of CelebA
@@ -4203,11 +4193,11 @@ def test_only_flags_with_a_meaning_exist(model, dataset):
     for name, value in values.items():
         argv = ["--model", model, "--dataset", dataset, f"--{name}", *map(str, value)]
         if name in FLAGS_OF[model, dataset]:
-            _, config, _ = data.parse(argv, "latentmap", "About.", latentmap.preset)
+            config = settings_from(latentmap, *argv)
             assert getattr(config, name) == (value[0] if value else True)
         else:
             with pytest.raises(data.UserError, match=f"unrecognized arguments: --{name}"):
-                data.parse(argv, "latentmap", "About.", latentmap.preset)
+                settings_from(latentmap, *argv)
 
 
 def test_tables_name_systems_and_numbers_that_there_are():
@@ -4219,8 +4209,7 @@ def test_tables_name_systems_and_numbers_that_there_are():
             assert name.endswith("(--authors)") == flags.endswith("--authors")
             assert not name.endswith("(--authors)") or published == [None] * len(published)
             for _, dataset, _ in table["columns"]:
-                argv = [*flags.split(), "--dataset", dataset]
-                data.parse(argv, "latentmap", "About.", latentmap.preset)
+                settings_from(latentmap, *flags.split(), "--dataset", dataset)
     assert [column[1:] for column in tables["2"]["columns"]] == [
         ("cifar10", "fid"), ("cifar10", "mse_pm1"), ("celeba", "fid"), ("celeba", "mse_pm1")]
     assert tables["1"]["rows"]["AGE"] == ("--model age", 116, 0.0889)
@@ -4394,12 +4383,9 @@ def test_each_loss_moves_its_own_networks_and_goes_down(model, map_from, name, m
                       width=32 if dataset == "swissroll" else 4)
     for _ in range(5):
         lm_losses(net, x)  # lets the spectral norms settle
-    before = {n: copy.deepcopy(list(m.parameters())) for n, m in net.named_children()}
     start = lm_losses(net, x)[name]
-    lm_losses(net, x, only=name)
-    moved = {n for n, m in net.named_children()
-             if any(not torch.equal(p, q) for p, q in zip(m.parameters(), before[n]))}
-    assert moved == set(movers) and all(p.grad is None for p in net.parameters())
+    assert who_moved(net, lambda: lm_losses(net, x, only=name)) == set(movers)
+    assert all(p.grad is None for p in net.parameters())
     for _ in range(9):
         lm_losses(net, x, only=name)
     assert lm_losses(net, x)[name] < start - 1e-5
@@ -4913,8 +4899,7 @@ def test_where_and_how_far_a_run_is_resumed(name, copied, fails, tmp_path, capsy
 def test_a_length_in_epochs_replaces_one_in_steps(pictures, tmp_path):
     """96 pictures are six batches of sixteen."""
     for module in PAPERS:
-        argv = ["--dataset", "digits", "--epochs", "2.5"]
-        settings = data.parse(argv, module.FILE, module.__doc__, module.preset)[1]
+        settings = settings_from(module, "--dataset", "digits", "--epochs", 2.5)
         assert module.preset(None, "digits").steps and settings.steps is None
     run = tmp_path / "run"
     flags = quick(aim, pictures, tmp_path, "--epochs", 1.3, "--eval-every", 99, "--out", run)
@@ -5586,13 +5571,13 @@ def test_a_preset_alone_makes_a_model_that_trains(module, model, dataset):
     torch.manual_seed(0)
     net = module.build(tiny_config(module, model, dataset))
     x = net.sample(8)
-    before = weights(net)
+    before = copy.deepcopy(net)
     at_first = rates()
     net.iteration = 499  # The epoch is unknown: still the first, at its learning rates.
     for _ in range(5 if "wgan" in model else 1):
         losses = net.step(x)
     assert losses and not any(value.requires_grad or value.dim() for value in losses.values())
-    assert moved(before, net) and net.iteration > 499 and rates() == at_first
+    assert not alike(before, net) and net.iteration > 499 and rates() == at_first
     assert net.sample(3).shape == (3, *x.shape[1:])
 
 
@@ -6131,10 +6116,8 @@ def settings_of_command(command):
     """
     words = command.partition(";")[0].split()
     at = next(n for n, word in enumerate(words) if word.endswith(".py"))
-    name = words[at].removesuffix(".py")
-    flags = [STAND_INS.get(word, word) for word in words[at + 1:]]
-    paper = next(paper for paper in PAPERS if paper.FILE == name)
-    settings = data.parse(flags, name, paper.__doc__, paper.preset)[1]
+    paper = next(paper for paper in PAPERS if words[at] == f"{paper.FILE}.py")
+    settings = settings_from(paper, *(STAND_INS.get(word, word) for word in words[at + 1:]))
     return dataclasses.replace(settings, root="data", seed=0, eval_every=None)
 
 
