@@ -1702,6 +1702,8 @@ def test_drawn_pictures_are_the_samples_as_they_would_be_scored(tmp_path):
     for n in (302, 300):  # the second time without leftovers of the first
         torch.manual_seed(0)
         metrics.draw_samples(model, tmp_path, n)
+        (tmp_path / "drawn" / "mine.png").write_text("x")  # what is not a sample stays
+    (tmp_path / "drawn" / "mine.png").unlink()
     got = torch.stack([pixels(file) for file in sorted((tmp_path / "drawn").iterdir())])
     assert len(got) == 300 and (got.int() - data.to_uint8(x).int()).abs().max() <= 1
     grid = pixels(tmp_path / "drawn.png")
@@ -1862,7 +1864,9 @@ def test_command_line_takes_arrays_and_pytorch_fids_statistics(quick_inception, 
     assert result["fid"] < 1e-6 and "nchw.npy:array (n=30, 16x16)" in result["protocol"]
     grey = compared(capsys, tmp_path / "a", tmp_path / "grey.npy")[1]["fid"]
     assert grey > 0.01
+    (tmp_path / "b.tmp.npz").write_text("mine")
     assert compared(capsys, "stats", b, tmp_path / "b.npz")[0] == 0
+    assert (tmp_path / "b.tmp.npz").read_text() == "mine"
     with np.load(tmp_path / "b.npz") as saved:  # as pytorch-fid reads it
         mu = saved["mu"]
         sigma = saved["sigma"]
@@ -5739,18 +5743,20 @@ def test_style(name):
 
 
 @pytest.mark.parametrize("module, name, flags, metric", [
-    (ivgen, "ivaae-2", "--dataset digits --width 8 --samples 50", "fld"),
-    (ivgen, "ivaae-fig3", "--dataset digits --width 8 --samples 50", "gradient"),
+    (ivgen, "ivaae-2", "--dataset PICTURES --width 4 --batch 8 --samples 50", "fld"),
+    (ivgen, "ivaae-fig3", "--dataset PICTURES --width 4 --batch 8 --samples 50", "gradient"),
     (aim, "2", "--width 8 --batch 50 --samples 100", "modes"),
     (latentmap, "fig4", "--width 8 --batch 50 --samples 100", "chamfer")])
-def test_a_table_by_one_command(module, name, flags, metric, monkeypatch, tmp_path, capsys):
+def test_a_table_by_one_command(module, name, flags, metric, pictures, monkeypatch, tmp_path,
+                                capsys):
     """Trains two rows, goes on where it was stopped, then prints published beside measured."""
     table = module.TABLES[name]
     rows = {row: cells for row, cells in table["rows"].items() if cells[0] is not None}
     rows = {row: rows[row] for row in list(rows)[:2]} | {"Other": (None, *[9.] * 9)}
     monkeypatch.setitem(module.TABLES, name, table | {"rows": rows})
     command = ["--table", name, "--out", tmp_path / "t", "--steps", 2, "--eval-every", 1,
-               "--root", tmp_path, "--device", "cpu", *flags.split()]
+               "--root", tmp_path, "--device", "cpu",
+               *flags.replace("PICTURES", str(pictures)).split()]
     assert cli(module, *command, "--report") == 0
     assert "2 of 2 runs are not finished" in capsys.readouterr().out
     assert not (tmp_path / "t").exists()
