@@ -22,9 +22,9 @@ training them, which keeps it small.
     python aim.py --dataset mnist --latent 2           Fig. 4: codes by class, and the manifold
     python aim.py --dataset cifar10 --model aim-minus  Table 4: 64 x 64 pixels; AIM-: sigma = 1
 
-What to expect of `python aim.py`: all 25 modes, and about 90 % of the samples within 3 sigma of one,
-after three to five minutes on two CPU cores. The first run on MNIST also trains the classifier of
-D10, for some ten minutes.
+What to expect of `python aim.py`: all 25 modes, and about 90 % of the samples within 3 sigma of
+one, after three to five minutes on two CPU cores. The first run on MNIST also trains the classifier
+of D10, for some ten minutes.
 """
 
 import contextlib
