@@ -1289,7 +1289,7 @@ def read_saved(path, mmap=False):
 
 CHECKPOINT = dict(file=str, settings=dict, step=int, data=str, channels=int, weights=dict,
                   optimisers=dict, scaler=dict, batches=dict(epoch=int, position=int),
-                  random=[[Tensor]], losses=[list])
+                  random=[[Tensor]], losses=[dict(step=int, name=str, value=float)])
 SCALER = dict(scale=float, growth_factor=float, backoff_factor=float, growth_interval=int,
               _growth_tracker=int)
 
@@ -1549,7 +1549,9 @@ class Run:
         if fits(state["scaler"], SCALER):  # empty where the run was not of fp16 so far
             self.machine.scaler.load_state_dict(state["scaler"])
         self.batches.load_state_dict(state["batches"])
-        self.losses = [(at, name, torch.tensor(value)) for at, name, value in state["losses"]]
+        self.losses = [(one["step"], one["name"],
+                        torch.tensor(float(one["value"]), device=self.machine.device))
+                       for one in state["losses"]]
         try:
             for module, saved in zip(self.generators(), state["random"][self.rank]):
                 module.set_rng_state(saved)
@@ -1610,16 +1612,20 @@ class Run:
             if buffer.is_floating_point():  # running statistics: the ranks keep one model
                 average(buffer)
 
-    def log_losses(self, step):
-        """A line of mean losses since the last one. Raises NotFinite, first bad step and term."""
+    def mean_losses(self):
+        """{name: mean since the last line}. Raises NotFinite, first bad step and term."""
         means = {}
-        values = torch.stack([value for _, _, value in self.losses]).tolist()
+        values = torch.stack([v for *_, v in self.losses]).tolist() if self.losses else []
         for (at, name, _), value in zip(self.losses, values):
             if not math.isfinite(value):
                 self.step = at
                 raise NotFinite(f"the loss '{name}' is {value}")
             means.setdefault(name, []).append(value)
-        means = {name: round(sum(v) / len(v), 6) for name, v in means.items()}
+        return {name: round(sum(v) / len(v), 6) for name, v in means.items()}
+
+    def log_losses(self, step):
+        """A line of mean losses since the last one. Raises NotFinite."""
+        means = self.mean_losses()
         images = (step - self.counted) * self.batches.batch * self.world
         rate = round(images / max(time.time() - self.since, 1e-9), 1)
         self.log(step, img_per_s=rate, **means)
@@ -1691,7 +1697,8 @@ class Run:
         return better
 
     def check_finite(self):
-        """Raises NotFinite for a weight that is not: the losses have not shown it yet."""
+        """Raises NotFinite for a loss not logged yet, or a weight, that is not finite."""
+        self.mean_losses()
         check_finite(self.model)
 
     def save(self, name, step):
@@ -1707,7 +1714,7 @@ class Run:
                 best=self.best, data=self.data, channels=self.batches.dataset.channels,
                 weights=self.model.state_dict(), optimisers=optimisers, random=every,
                 scaler=self.machine.scaler.state_dict(), batches=self.batches.state_dict(),
-                losses=[[at, name, value.item()] for at, name, value in self.losses])
+                losses=[dict(step=at, name=k, value=v.item()) for at, k, v in self.losses])
             save_atomic(state, self.folder / name)
 
     def leave(self, step):

@@ -5045,6 +5045,18 @@ def test_a_number_that_is_not_finite_ends_the_run(name, what, flags_of, tmp_path
     assert saved(tmp_path / "run")["step"] == 2
 
 
+def test_a_loss_that_is_not_finite_is_not_saved_on_the_way_out(flags_of, tmp_path, monkeypatch):
+    add = data.Run.add
+
+    def spoil(self, step, losses):
+        add(self, step, {name: value * math.nan for name, value in losses.items()})
+        self.signal = signal.SIGINT  # before the losses are logged
+
+    monkeypatch.setattr(data.Run, "add", spoil)
+    assert cli(aim, *flags_of("aim", "--steps", 8, "--out", tmp_path / "run")) == 3
+    assert saved(tmp_path / "run")["step"] == 0
+
+
 @pytest.mark.parametrize("name, model, lr, every", [
     ("aim", "aim", 1e12, 1), ("aim", "gan", 1e12, 1), ("aim-images", "aim", 1e12, 1),
     ("latentmap", "vae", 1e12, 1), ("latentmap-images", "vae", 1e12, 1),
@@ -5280,7 +5292,8 @@ def test_bad_checkpoints_end_in_one_sentence(name, copied, finished, fails):
             *((f"is not a checkpoint of {module.FILE}.py", state | {key: value})
               for key, value in (("step", "8"), ("step", -1), ("step", True), ("step", 2**70),
                                  ("batches", {"epoch": 0, "position": 1.}), ("random", [[1]]),
-                                 ("weights", [1]), ("channels", None))),
+                                 ("weights", [1]), ("channels", None), ("losses", [[]]),
+                                 ("losses", [{"step": 1, "name": "d", "value": math.nan}]))),
             ("do not go on here", state | {"random": [[torch.zeros(9, dtype=torch.uint8)]]}),
             *(("another shape", state | {"optimisers": spoilt(state["optimisers"], spoil)})
               for spoil in (lambda s: s[0].pop("step"), lambda s: s.update({-1: s[0]}),
