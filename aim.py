@@ -104,10 +104,10 @@ class Machine:
             model.train(training)
 
     @staticmethod
-    def without_running_stats(network, x):
-        """`network(x)`, without an update of its batch norms' running statistics."""
+    def without_running_stats(network, x, weights=None):
+        """`network(x)`, of other `weights` if given; its batch norms' running statistics stay."""
         buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
-        return torch.func.functional_call(network, buffers, x)
+        return torch.func.functional_call(network, buffers | (weights or {}), x)
 
 
 # ==================================================================================================
@@ -1091,8 +1091,7 @@ def evaluate(model, evaluator, folder, step, test, classes):
     """
     began = time.time()
     figures = figures_images if model.config.size else figures_points
-    with data.random_state_kept():
-        torch.manual_seed(0)  # the pictures of all evaluations have the same noise
+    with metrics.seeded(model.machine.device, 0):  # all evaluations' pictures have the same noise
         figures(model, folder, step, *test, classes)
         result = evaluator(model)
         if model.E is not None and not model.config.fixed_variance:

@@ -119,8 +119,8 @@ class Steady:
             return action(*given)
         except (OSError, ValueError) as error:
             self.error = error
-            with contextlib.suppress(OSError, ValueError):  # What is still buffered goes nowhere.
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), self.stream.fileno())  # with what is still buffered
 
 
 class Parser(argparse.ArgumentParser):
@@ -1392,14 +1392,14 @@ def run_folder(args, default):
     if args.resume is None:
         names = (out if n == 1 else out.with_name(f"{out.name}-{n}") for n in itertools.count(1))
         return next(name for name in names if not is_taken(name))
-    resumed = Path(os.path.expanduser(args.resume))
-    resumed = resumed.parent if resumed.is_file() else resumed
+    named = Path(os.path.expanduser(args.resume))
+    resumed = named.parent if named.is_file() else named
     if args.out is None or out.resolve() == resumed.resolve():
         if not (resumed / "log.jsonl").exists():
             raise UserError(f"--resume: {resumed} holds a checkpoint, but it is no run's folder; "
                             "give the --out of a new one")
         draws = args.sample or getattr(args, "probe", None)
-        if args.resume.endswith(".pt") and not args.resume.endswith("last.pt") and not draws:
+        if named.suffix == ".pt" and named.name != "last.pt" and not draws:
             raise UserError(f"--resume {args.resume} may go back behind its run's last step; give "
                             "the --out of a new run")
         return resumed
@@ -1407,6 +1407,15 @@ def run_folder(args, default):
         raise UserError(f"--out {out} holds something else; give a new folder, or leave it out to "
                         f"go on in {resumed}")
     return out
+
+
+def commands_of(folder):
+    """The commands that a run's config.json names, the oldest first; none if there is no such."""
+    try:
+        about = json.loads((folder / "config.json").read_text())
+        return [*about.get("earlier_commands", ()), about["command"]]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return []
 
 
 def write_text(text, path):
@@ -1498,12 +1507,8 @@ class Run:
 
     def write_config(self):
         """config.json, with the commands that were there before."""
-        earlier = []
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
-            before = json.loads((self.folder / "config.json").read_text())
-            earlier = [*before.get("earlier_commands", ()), before["command"]]
-        about = dict(command=" ".join(COMMAND), earlier_commands=earlier, world=self.world,
-                     device=str(self.machine.device), precision=self.machine.amp)
+        about = dict(command=" ".join(COMMAND), earlier_commands=commands_of(self.folder),
+                     world=self.world, device=str(self.machine.device), precision=self.machine.amp)
         about = dataclasses.asdict(self.settings) | about | versions()
         save_atomic(json.dumps(about, indent=1) + "\n", self.folder / "config.json", write_text)
 
@@ -1770,8 +1775,9 @@ def run_table(argv, file, tables, main):
     check_flags(runs)
     here = [f"--{flag}={getattr(args, flag)}" for flag in ("device", "root") if getattr(args, flag)]
     missing = {} if args.report else train_runs(runs, here, table, main)
-    lines, text = table_text(name, table, runs)
-    text += ["", *table_notes(table, flags, runs, lines, missing)]
+    waiting = {run["folder"] for run in runs if not is_finished(run, table)}
+    lines, text = table_text(name, table, runs, waiting)
+    text += ["", *table_notes(table, flags, runs, lines, waiting, missing)]
     if lines:
         save_atomic("\n".join(text) + "\n", folder / "table.md", write_text)
         numbers = "".join(json.dumps(line) + "\n" for line in lines)
@@ -1819,14 +1825,10 @@ def json_lines(path):
 def check_flags(runs):
     """Raises UserError for a run of a table that was trained otherwise than it would be now."""
     for run in runs:
-        try:
-            about = json.loads((run["folder"] / "config.json").read_text())
-            first = [*about["earlier_commands"], about["command"]][0]
-        except (OSError, ValueError, LookupError):  # It has not begun.
-            continue
-        if " ".join(run["flags"]) + " " not in first:
-            raise UserError(f"{run['folder']} was trained by '{first}': give the same flags, or "
-                            "another folder with --out")
+        for first in commands_of(run["folder"])[:1]:  # none if it has not begun
+            if " ".join(run["flags"]) + " " not in first:
+                raise UserError(f"{run['folder']} was trained by '{first}': give the same flags, "
+                                "or another folder with --out")
 
 
 def is_finished(run, table):
@@ -1857,8 +1859,8 @@ def train_runs(runs, here, table, main):
     return missing
 
 
-def table_text(name, table, runs):
-    """(lines for results.jsonl, the table as lines of Markdown)."""
+def table_text(name, table, runs, waiting):
+    """(lines for results.jsonl, the table as lines of Markdown). waiting: unfinished folders."""
     lines = []
     headings = [heading for heading, _, _ in table["columns"]]
     text = [table["title"], "",
@@ -1876,7 +1878,7 @@ def table_text(name, table, runs):
                     cells[-1] += f" ± {line['std']:.2g} ({line['n_seeds']})"
                 if line["key"] != metric:
                     cells[-1] += f" ({line['key']})"
-                if not all(is_finished(run, table) for run in mine):
+                if any(run["folder"] in waiting for run in mine):
                     cells[-1] += " (unfinished)"
                 lines.append(dict(table=name, row=row, metric=heading, published=value) | line)
         text.append(f"| {' | '.join(cells)} |")
@@ -1924,7 +1926,7 @@ def measured(runs, metric, table, scale=1):
     return dict(value=mean, std=std, n_seeds=len(values), seed=seeds, each=values) | line
 
 
-def table_notes(table, flags, runs, lines, missing):
+def table_notes(table, flags, runs, lines, waiting, missing):
     """What stands under a table: protocol, departures, what is unfinished or cannot be had."""
     text = [f"Protocol: {protocol}" for protocol in dict.fromkeys(x["protocol"] for x in lines)]
     if flags:
@@ -1936,10 +1938,10 @@ def table_notes(table, flags, runs, lines, missing):
         if lines and heading not in [line["metric"] for line in lines]:
             how = " (by --inception auto)" if metric in ("fid", "is_inception") else ""
             text.append(f"Not measured: {heading}{how}")
-    waiting = {run["folder"] for run in runs if not is_finished(run, table)} - missing.keys()
-    if waiting:
-        text.append(f"{len(waiting)} of {len({run['folder'] for run in runs})} runs are not "
-                    "finished: the same command without --report trains them")
+    left = len(waiting - missing.keys())
+    if left:
+        text.append(f"{left} of {len({run['folder'] for run in runs})} runs are not finished: the "
+                    "same command without --report trains them")
     absent = [row for row, cells in table["rows"].items() if cells[0] is None]
     if absent:
         text.append(f"Not in this file: {', '.join(absent)}")

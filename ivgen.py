@@ -106,10 +106,10 @@ class Machine:
             model.train(training)
 
     @staticmethod
-    def without_running_stats(network, x):
-        """`network(x)`, without an update of its batch norms' running statistics."""
+    def without_running_stats(network, x, weights=None):
+        """`network(x)`, of other `weights` if given; its batch norms' running statistics stay."""
         buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
-        return torch.func.functional_call(network, buffers, x)
+        return torch.func.functional_call(network, buffers | (weights or {}), x)
 
 
 # ==================================================================================================
@@ -795,8 +795,7 @@ class UnrolledGAN(GAN):
 
     def judge(self, weights, x):
         """D's logits (B,) with other weights; its running statistics stay."""
-        buffers = {name: buffer.clone() for name, buffer in self.D.named_buffers()}
-        return torch.func.functional_call(self.D, weights | buffers, x)[0]
+        return self.machine.without_running_stats(self.D, x, weights)[0]
 
 
 class VEEGAN(GAN):

@@ -102,10 +102,10 @@ class Machine:
             model.train(training)
 
     @staticmethod
-    def without_running_stats(network, x):
-        """`network(x)`, without an update of its batch norms' running statistics."""
+    def without_running_stats(network, x, weights=None):
+        """`network(x)`, of other `weights` if given; its batch norms' running statistics stay."""
         buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
-        return torch.func.functional_call(network, buffers, x)
+        return torch.func.functional_call(network, buffers | (weights or {}), x)
 
 
 # ==================================================================================================
@@ -1313,8 +1313,7 @@ def evaluate(model, evaluator, folder, step, test, classes):
     began = time.time()
     points = model.config.kind == "points"
     first_phase = step <= model.map_from
-    with data.random_state_kept():
-        torch.manual_seed(0)  # evaluations compare models, not draws
+    with metrics.seeded(model.machine.device, 0):  # evaluations compare models, not draws
         (figures_of_points if points else figures_of_images)(model, folder, step, *test, classes)
         if points:
             result = evaluator(model)
@@ -1404,7 +1403,6 @@ def main(argv=None):
         return data.run_table(argv, FILE, TABLES, main)
     args, config, checkpoint = data.parse(argv, FILE, __doc__, preset, tables=TABLES)
     machine = Machine(*data.hardware(args.device, config.amp))
-    torch.manual_seed(config.seed)
     dataset = pathlib.Path(config.dataset).name
     folder = data.run_folder(args, f"runs/{FILE}-{config.model}-{dataset}-s{config.seed}")
     if args.bench:  # of LatentMap the first phase, the dearer one

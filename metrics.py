@@ -57,9 +57,9 @@ with suppress(ImportError):  # Windows has none
 try:
     from data import (  # noqa: I001
         SUFFIXES, Dataset, NotFinite, Parser, UserError, cache_dir, compile_networks, find_pictures,
-        fingerprint, first_line, fits, hardware, load, multiplies_bf16, oblique, ordered,
-        read_pictures, read_saved, run_command, save_atomic, say_passed, to_float, to_uint8,
-        whole_name, write_text)
+        fingerprint, first_line, fits, hardware, json_lines, load, multiplies_bf16, oblique,
+        ordered, read_pictures, read_saved, run_command, save_atomic, say_passed, to_float,
+        to_uint8, whole_name, write_text)
 except ImportError as error:
     if __name__ != "__main__":
         raise
@@ -1200,7 +1200,7 @@ def draw_curves(path, curves, title):
 def draw_log_curves(folder, names, title_of_run, skip=None):
     """FOLDER/figures/NAME.png of names with two lines in log.jsonl, those of skip() left out."""
     folder = Path(folder)
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    lines = json_lines(folder / "log.jsonl")
     for name in names:
         kept = [line for line in lines if name in line and not (skip and skip(name, line))]
         if len(kept) > 1:
