@@ -5,15 +5,16 @@
 
 The idea. A GAN maps codes to data and has no way back. AIM trains an encoder beside it, so that the
 generator's p(z) p(x|z) and the encoder's q(x) q(z|x) agree: their priors of the codes, and their
-conditionals of the data. Eq. (1) measures this by two KL divergences; neither can be computed
-so. Up to a constant, their sum is Eq. (3):
+conditionals of the data. Eq. (1) measures this by two KL divergences. Neither can be computed as
+it stands, but by Eq. (2) their sum is, up to a constant, Eq. (3):
 
     E_p(z) KL(p(x|z) || q(x))     a GAN on the data, plus
     E[-log q(z|x)]                how unlikely E finds the code that made an image.
 
 So training never reconstructs data, and no norm between images blurs them. A generator that sends
-many codes to one image (mode collapse) pays for it in the second term. E reads D's features without
-training them, which keeps it small.
+many codes to one image (mode collapse) pays for it in the second term. At the minimum both joint
+distributions are one (Proposition 1). E reads D's features without training them, which keeps it
+small. (Eqs. (4) and (5) are the same steps for a VAE, and nothing here computes them.)
 
     python aim.py                                      25 Gaussians (Table 2, Fig. 3), offline
     python aim.py --model gan                          or veegan, unrolled, pacgan, ali, alice, ...
@@ -21,10 +22,11 @@ training them, which keeps it small.
     python aim.py --dataset mnist                      Table 3: 28 x 28 pixels, 400 epochs
     python aim.py --dataset mnist --latent 2           Fig. 4: codes by class, and the manifold
     python aim.py --dataset cifar10 --model aim-minus  Table 4: 64 x 64 pixels; AIM-: sigma = 1
+    python aim.py --dataset celeba --model alice       Fig. 7, in recon/; --lam is its lambda
 
 What to expect of `python aim.py`: all 25 modes, and about 90 % of the samples within 3 sigma of
-one, after three to five minutes on two CPU cores. The first run on MNIST also trains the classifier
-of D10, for some ten minutes.
+one, after three to five minutes on two CPU cores. The first run on MNIST also trains the two
+classifiers of D10, for some ten minutes.
 """
 
 import contextlib
@@ -116,8 +118,8 @@ class Machine:
 #
 # Notation
 #     paper           here          shape, range
-#     x ~ q(x)        x             (B, C, S, S) in [-1, 1], or points (B, 2)
-#     z ~ p(z)        z             (B, d) from N(0, I)
+#     x ~ q(x)        x             (B, C, S, S) in [-1, 1], or points (B, C)
+#     z ~ p(z)        z             (B, d) from N(0, I); z -> x is Fig. 1
 #     x~ = G(z)       x_tilde       as x; G is deterministic (Sec. 5)
 #     D_feature(x)    h             (B, 128, 7, 7), (B, 1024, 4, 4), or (B, 200) of points
 #     rho_q, rho_p    rho_q, rho_p  (B,) D(x) = D_con(D_feature(x)), and D(x~), without the sigmoid
@@ -145,11 +147,9 @@ class Machine:
 # D2  | silent on E's sigma^2      | E gives log sigma^2, clamped to [-10, 10]: it stays | -
 #     |                            | positive, and 1 / sigma^2 finite                    |
 # D3  | all losses, then updates   | so here; most GAN code asks the moved D for L_g     | -
-# D4  | silent on 2-D networks     | ALI's 2-D networks, beta1 .8, batch; ours: alpha    | --lr
-#     | and their training         | 5e-4, 12 epochs, falling to 0 in the second half,   | --beta1
-#     |                            | and an init spread over the data: with N(0, .02)    | --std
-#     |                            | all kinks of D lie at 0, and it finds modes later.  | --decay
-#     |                            | samples: PacGAN's 2,500                             |
+# D4  | silent on 2-D training     | ALI's networks, beta1 .8 and batch; PacGAN's 2,500  | --lr ...
+#       samples. Ours: 12 epochs; alpha 5e-4, falling to 0 in the second half; initial weights
+#       spread over the data. With N(0, .02) all kinks of D lie at 0, and it finds modes later.
 # D5  | Table 3: images in [0, 1]  | in [-1, 1], as all data here; G's last layer and    | -
 #     |                            | D_feature's first convert                           |
 # D6  | Eq. (6): G's gradient      | `aim-fgan` minimises it as printed; it bounds       | --model
@@ -159,19 +159,19 @@ class Machine:
 #     |                            | for points to x itself; G, E: non-saturating loss   |
 # D8  | ALICE: ||x - G(z)||_k^k    | its mean over numbers, k = 2, times lam = 1;        | --k
 #     |                            | `alice-adv`: a D on the pairs (x, x), (x, G(z))     | --lam
-# D9  | silent on BN               | scale 1, shift 0. G's running statistics follow the | -
-#     |                            | prior's codes alone, since `sample` uses them       |
+# D9  | silent on BN               | scale 1, shift 0 (of points U(-1, 1)). Statistics:  | -
+#       G's running ones follow the prior's codes alone, since `sample` uses them. AIM's D_feature
+#       meets data and samples in turn, E samples alone; `encode` uses these as they are.
 # D10 | MNIST is scored by Li et   | `is_li`: by that network, trained anew; `is`: by    | -
 #     | al.'s network (TensorFlow) | the small classifier of metrics.py                  |
 # D11 | silent on paddings         | 1 at stride 2, and as in E of Table 4 below: they   | -
 #     |                            | give the printed 576 = 64 * 3^2 and 512 = 128 * 2^2 |
 # D12 | silent on biases before BN | none: BN would undo them                            | -
-# D13 | VEEGAN and Unrolled GAN    | trained, and PacGAN; losses as in their authors'    | --model
-#     | are quoted                 | code for points. VEEGAN's F: an E with sigma = 1.   |
-#     |                            | Packs are made of a batch; theirs, of all data      |
-# D14 | the quoted rows have       | AIM's, so that rows compare (D4), or those of the   | --authors
-#     | settings of their own      | authors' code on points, but G without noise beside |
-#     |                            | z, and new z for each of ALICE's 5 steps of G       |
+# D13 | quotes VEEGAN, Unrolled    | trained, and PacGAN; losses as in their authors'    | --model
+#       code for points. VEEGAN's F: an E with sigma = 1. Packs: of a batch; theirs, of all data.
+# D14 | quoted rows: own settings  | AIM's, so that rows compare (D4), or their authors' | --authors
+#       (of ALICE on images too, with its cycle of codes). But G has no noise beside z.
+# D15 | silent on the MSE's scale  | `mse`: of pixels in [0, 1]; `mse_pm1`: in [-1, 1]   | -
 
 # --------------------------------------------------------------------------------------- settings
 
@@ -186,14 +186,13 @@ TABLE3 = dict(size=28, epochs=400.0, std=0.02)
 TABLE4 = dict(size=64, std=0.02)  # the other values of AIMConfig are those of this table
 POINTS = dict(epochs=12.0, lr=5e-4, decay="linear", beta1=0.8, samples=2500, amp="off")  # D4
 DATASETS = {  # what a data set changes; folders and all others: TABLE4
+    "grid25": POINTS | dict(reach=4.0), "ring8": POINTS,  # reach: the largest coordinate (D4)
     "swissroll": POINTS | dict(epochs=400.0), "swissroll3d": POINTS | dict(epochs=400.0),
     "mnist": TABLE3 | dict(samples=50_000), "fashion-mnist": TABLE3 | dict(samples=50_000),
     "cifar10": TABLE4 | dict(samples=50_000),  # Sec. 5.1, as for MNIST
     "digits": TABLE3 | dict(steps=2400, eval_every=800),  # ours: minutes on two cores
     "stacked-digits": TABLE3 | dict(samples=26_000), "stacked-mnist": TABLE3 | dict(samples=26_000),
 }
-DATASETS |= {name: POINTS | dict(reach=data.mixture(name)[0].max().item())  # the largest number
-             for name in ("grid25", "ring8")}
 STEADY = dict(decay="none", beta1=0.5, lr=1e-3)
 ALIS = dict(decay="none", std=0.02, lr=1e-4)  # networks, beta1 and batch are those of D4
 ALICES = STEADY | dict(epochs=100.0, batch=128, g_steps=5)
@@ -231,7 +230,7 @@ class AIMConfig(Settings):
                                       "points else spread over the data (D4)", float, 1e-6)
     lam: float | None = setting(None, "weight of L_e, 1/d (Sec. 5); of ALICE's cycle (D8)", float,
                                 0, models=("aim", "aim-minus", "aim-fgan", "alice", "alice-adv"))
-    k: float = setting(2.0, "the norm of ALICE's cycle (D8): 1 or 2", least=1, models=("alice",))
+    k: float = setting(2.0, "k of ALICE's cycle |x - G(z)|^k (D8)", least=1, models=("alice",))
     pack: int = setting(4, "m, the items that D judges together", least=1, models=("pacgan",))
     unroll: int = setting(5, "K, the steps of D that G foresees", least=0, models=("unrolled",))
     g_steps: int = setting(1)  # steps of G and E for one of D
@@ -471,7 +470,7 @@ class Table4(Networks):
 
 
 class Points(Networks):
-    """For points: G, of layers of w, and D of ALI's 2-D experiment, E's heads as in Table 3 (D4).
+    """For points, ALI's G, of layers of w, and D; E's heads as in Table 3, without BN (D4).
 
     reach: the extent of the points, which the initial weights are fitted to.
     """
@@ -491,7 +490,7 @@ class Points(Networks):
     def features(self, channels=None):  # (B, c) -> (B, w / 2)
         half = self.w // 2
         features = rows(Maxout(channels or self.c, half), Maxout(half, half))
-        features[0].linear.bias.data *= self.reach  # as do the kinks of D's maxouts
+        features[0].linear.bias.data *= self.reach  # the kinks of D's maxouts too
         return features
 
     def critic(self):  # (B, w / 2) -> (B,)
@@ -670,10 +669,10 @@ class GAN(nn.Module):
         self.optimiser_d = self.machine.adam(of_d.parameters(), config.lr, betas)
         self.optimiser_g = self.machine.adam(of_g.parameters(), config.lr, betas)
 
-    def make_networks(self, make):
+    def make_networks(self, make, pack=1):
         """Sets the networks. Returns those that step down L_d, and those that step down L_rec."""
         self.G = make.generator()
-        self.features = make.features()
+        self.features = make.features(pack * make.c)
         self.critic = make.critic()
         return nn.ModuleList([self.features, self.critic]), self.G
 
@@ -682,8 +681,7 @@ class GAN(nn.Module):
         c = self.config
         lr_d = c.lr if c.lr_d is None else c.lr_d
         for optimiser, alpha in ((self.optimiser_d, lr_d), (self.optimiser_g, c.lr)):
-            for group in optimiser.param_groups:
-                group["lr"] = self.decayed(alpha)
+            optimiser.param_groups[0]["lr"] = self.decayed(alpha)
         self.iteration += 1
 
     def decayed(self, alpha):
@@ -723,7 +721,7 @@ class GAN(nn.Module):
             return self.G(z.to(self.machine.device)).float()
 
     def sample(self, n):
-        """n images (n, C, S, S) in [-1, 1], or points (n, 2), from the prior."""
+        """n images (n, C, S, S) in [-1, 1], or points (n, C), from the prior."""
         return self.decode(self.prior(n))
 
     def encode(self, x):
@@ -735,10 +733,7 @@ class PacGAN(GAN):
     """PacGAN (Lin et al., 2018): D judges packs of m items. m = 1 is the GAN."""
 
     def make_networks(self, make):
-        self.G = make.generator()
-        self.features = make.features(self.config.pack * make.c)
-        self.critic = make.critic()
-        return nn.ModuleList([self.features, self.critic]), self.G
+        return super().make_networks(make, self.config.pack)
 
     def play(self, x):
         """rho_q of a pack x_i .. x_(i+m-1) for each item i, rho_p of as many packs of samples."""
@@ -771,7 +766,7 @@ class UnrolledGAN(GAN):
         with self.machine.autocast():
             x_tilde = self.G(self.prior(len(x)))
             loss_d = unrolled = loss_at(weights)
-            for k in range(self.config.unroll):  # D's next step is its `iteration`-th
+            for k in range(self.config.unroll):  # D's next step is Adam's `iteration`-th
                 gradients = torch.autograd.grad(unrolled, weights, create_graph=True)
                 weights, moments = adam_step(weights, gradients, moments, self.iteration + k,
                                              adam["lr"], adam["betas"])
@@ -827,11 +822,11 @@ class AIM(GAN):
         return self.posterior(x)[0]
 
     def reconstruct(self, x):
-        """G(mu(x)), like x."""
+        """G(mu(x)), like x (Algorithm 2)."""
         return self.decode(self.encode(x))
 
     def neighbours(self, x, m):
-        """For each x, m data of codes drawn from q(z|x): (n, ...) -> (n, m, ...)."""
+        """Algorithm 2: for each x, m data of codes drawn from q(z|x), (n, ...) -> (n, m, ...)."""
         mu, sigma = self.posterior(x.repeat_interleave(m, 0))
         z = mu + sigma * torch.randn_like(mu)  # (n m, d)
         return self.decode(z).unflatten(0, (len(x), m))
@@ -873,7 +868,7 @@ class ALI(AIM):
             loss_d, parts = self.losses(x)
             loss_g = sum(parts.values())
         self.machine.descend_together((self.optimiser_d, loss_d), (self.optimiser_g, loss_g))
-        for _ in range(self.config.g_steps - 1):
+        for _ in range(self.config.g_steps - 1):  # each with new z
             with self.machine.autocast():
                 loss_g = sum(self.losses(x)[1].values())
             self.machine.descend(self.optimiser_g, loss_g)
@@ -884,14 +879,14 @@ class VEEGAN(ALI):
     """VEEGAN (Srivastava et al., 2017): E, with sigma = 1, is its F, which reconstructs codes."""
 
     def losses(self, x):
-        """D's label is 1 for (G(z), z). g, its logit there, moves G alone; e moves G and F."""
+        """D's label is 1 for (G(z), z). g, D's mean logit of it, moves G alone; e moves G and F."""
         z, x_tilde, _, real, fake = self.pairs(x)
         q = self.machine.without_running_stats(self.E, x_tilde)
         return gan_loss_of_d(fake, real), {"g": fake.mean(), "e": posterior_nll(z, *q).mean()}
 
 
 class ALICE(ALI):
-    """ALICE: G of z ~ q(z|x) must also return x (D8); with `authors`, E of G(z) also z."""
+    """ALICE: G(z_hat) must return x (D8). With `authors`, E(G(z)) must also return z (D14)."""
 
     def losses(self, x):
         """ALI's, and cycle: what G and E pay for the cycles."""
@@ -905,9 +900,9 @@ class ALICE(ALI):
             cycle_g = cycle_g + code_g
         return gan_loss_of_d(real, fake) + cycle_d, {"g": joint_loss(real, fake), "cycle": cycle_g}
 
-    def cycle(self, critic, x, x_hat):
-        """What a cycle adds to the loss of D, and to that of G and E."""
-        return 0.0, self.lam * cycle_loss(x, x_hat, self.config.k)
+    def cycle(self, name, item, item_hat):
+        """What a cycle adds to the loss of D, and to that of G and E. name: of its D, if learnt."""
+        return 0.0, self.lam * cycle_loss(item, item_hat, self.config.k)
 
 
 class ALICEAdversarial(ALICE):
@@ -922,10 +917,10 @@ class ALICEAdversarial(ALICE):
             of_d.append(self.D_code)
         return of_d, of_g
 
-    def cycle(self, critic, x, x_hat):
-        D = getattr(self, critic)
-        real = D(torch.cat([x, x], 1)).float()
-        fake = D(torch.cat([x, x_hat], 1)).float()
+    def cycle(self, name, item, item_hat):
+        D = getattr(self, name)
+        real = D(torch.cat([item, item], 1)).float()
+        fake = D(torch.cat([item, item_hat], 1)).float()
         return self.lam * gan_loss_of_d(real, fake), self.lam * gan_loss_of_g(fake)
 
 
@@ -943,27 +938,29 @@ def build(config, machine=None, channels=None, steps=None, steps_per_epoch=None)
 
 
 def figures_points(model, folder, step, x, y, classes):
-    """Fig. 3 (a) to (d), data x (n, D) of components y (n,), codes, reconstructions, samples."""
-    def seen(points, labels):
+    """Fig. 3: (a) data x (n, C) of components y (n,), (b) codes, (c) reconstructed, (d) samples."""
+    reach = 1.2 * data.oblique(x).abs().max().item()
+
+    def plot(points, labels):
         return scatter(data.oblique(points), labels, classes, reach)
 
-    reach = 1.2 * data.oblique(x).abs().max().item()
     centres = torch.stack([x[y == i].mean(0) for i in range(classes)])
-    panels = {"data": seen(x, y)}
+    panels = {"data": plot(x, y)}
     if model.E is not None:
         if model.latent == 2:
             panels["codes, 3 sigma"] = scatter(model.encode(x), y, classes, 3)
-        panels["reconstructions"] = seen(model.reconstruct(x), y)
+        panels["reconstructions"] = plot(model.reconstruct(x), y)
         save_picture(folder / f"recon/{step:06d}.png", panels["reconstructions"])
     points = model.decode(fixed_noise(len(x), model.latent)).cpu()
-    panels["samples"] = seen(points, torch.cdist(points, centres).argmin(1))  # the component's hue
+    panels["samples"] = plot(points, torch.cdist(points, centres).argmin(1))  # the component's hue
     save_picture(folder / f"samples/{step:06d}.png", panels["samples"])
     save_panels(folder / f"figures/panels-{step:06d}.png", panels)
 
 
 def figures_images(model, folder, step, x, y, classes):
     """The pictures of one evaluation, of test images x (n, C, S, S) with labels y (n,) or None."""
-    save_grid(folder / f"samples/{step:06d}.png", model.decode(fixed_noise(100, model.latent)))
+    samples = model.decode(fixed_noise(100, model.latent))
+    save_grid(folder / f"samples/{step:06d}.png", samples)  # Fig. 10
     if not (folder / "figures/real.png").exists():
         save_grid(folder / "figures/real.png", x[:100])
     if model.E is None:
@@ -978,7 +975,7 @@ def figures_images(model, folder, step, x, y, classes):
     every = torch.arange(model.latent)
     z[every, :, every] = torch.linspace(-2, 2, 10)
     save_grid(folder / f"figures/traversals-{step:06d}.png", model.decode(z.flatten(0, 1)))
-    if model.latent == 2:  # Fig. 4
+    if model.latent == 2:  # Fig. 4, which Sec. 5.4 calls Fig. 10
         ramp = torch.linspace(-2, 2, 20)
         lattice = torch.stack(torch.meshgrid(ramp, -ramp, indexing="xy"), -1).flatten(0, 1)
         save_grid(folder / f"figures/manifold-{step:06d}.png", model.decode(lattice), 20)
@@ -1043,7 +1040,7 @@ TABLES = {
 
 
 def point_metrics(model, test_set, samples):
-    """What metrics.Evaluator is for images: a dict of metrics of points, and their protocol.
+    """Metrics of points, as metrics.Evaluator has them of images: a dict, with their protocol.
 
     modes, high_quality   of a mixture: the means hit, and the share of samples within 3 std
     mse                   with an encoder: of the reconstructed test points
@@ -1075,8 +1072,7 @@ def make_evaluator(config, machine, train_set, test_set):
     samples = config.samples or 10_000
     if config.size is None:
         return lambda model: point_metrics(model, test_set, samples)
-    wanted = [column[1:] for table in TABLES.values() for column in table["columns"]]
-    by_inception = (config.dataset, "is_inception") in wanted
+    by_inception = config.dataset == "cifar10"  # Table 1
     weights = metrics.inception_default(config.inception, by_inception, machine.device, samples)
     measure = metrics.Evaluator(train_set, test_set, config.size, machine.device, config.root,
                                 samples, weights, li=config.dataset == "mnist")  # D10
@@ -1094,14 +1090,15 @@ def evaluate(model, evaluator, folder, step, test, classes):
     with metrics.seeded(model.machine.device, 0):  # all evaluations' pictures have the same noise
         figures(model, folder, step, *test, classes)
         result = evaluator(model)
-        if model.E is not None and not model.config.fixed_variance:
+        drawn = model.E is None or isinstance(model.E, ImplicitEncoder)  # no sigma of its own
+        if not drawn and not model.config.fixed_variance:
             result["sigma"] = model.posterior(test[0][:100])[1].mean().item()
     return result | {"eval_s": round(time.time() - began, 1)}
 
 
 def score_of(result):
     """best.pt has the least of this: points' -(modes + quality); else fid, fcd, kl or mse."""
-    if "modes" in result and "high_quality" in result:
+    if "high_quality" in result:
         return -result["modes"] - result["high_quality"]
     return metrics.best_first(result, ("fid", "fcd", "kl", "mse"))
 
