@@ -11,8 +11,9 @@ A Part, the imports and the class Machine are all that training takes: copy them
 IVGAN. A GAN's Jensen-Shannon divergence is flat while real and generated images do not overlap.
 IVGAN encodes a real image, w = E(x), replaces one of k blocks of w by Gaussian noise (an
 intervention O_i, which leaves N(0, I) as it is), and decodes G(O_i(w)). A classifier f must name
-the replaced block. If E(x) were N(0, I) no classifier could: so E and G are trained to fool f. That
-loss is a k-way JS divergence (Theorem 3) of distributions that do overlap (Example 1).
+the replaced block. If E(x) were N(0, I) no classifier could: so E and G are trained to fool f. What
+they descend is, up to a constant, a k-way JS divergence (Theorem 3), of distributions that do
+overlap (Example 1, Fig. 2).
 
 IVAAE. An adversarial auto-encoder matches its codes E(x) to N(0, I) by a GAN on codes, whose two
 distributions may overlap little. IVAAE puts bridges between them: T_k replaces ever more of the
@@ -25,7 +26,7 @@ Run it.  python ivgen.py                                    IVLSGAN on drawn dig
          python ivgen.py --dataset stacked-mnist            modes and KL of Table 3; with
                          --network pacgan --triples 128000  ... the networks and data of its source
          python ivgen.py --dataset mnist --model ivaae-rad  Part II; or ivaae-bw, aae, wae-mmd, ...
-         python ivgen.py --resume RUN --probe discriminator its Figs. 2 and 3; `classifier`: Fig. 5
+         python ivgen.py --resume RUN --probe discriminator IVAAE's Figs. 2, 3; `classifier`: Fig. 5
          python ivgen.py --model aae --help                 the flags of one system
 What to expect: of `python ivgen.py`, on two CPU cores, digits a person reads after some minutes,
 fcd below .8, and reconstructions at an MSE of about .02 (pixels in [0, 1]); see README.md.
@@ -127,7 +128,7 @@ class Machine:
 #             D, f            D(x)          logits (B,) and (B, k): one trunk, two heads
 #             lambda, mu      lam, mu       .25, .5 for G and D; lam_e, mu_e = 1, 1 for E (Sec. 5)
 #
-# Algorithm 1 is `IVGAN.step`; its comments give the algorithm's line numbers.
+# Algorithm 1 (Fig. 3) is `IVGAN.step`; its comments give the algorithm's line numbers.
 #     lines 2-8      w = E(x);  x_i = G(O_i(w));  x_z = G(z)
 #     lines 9-12     D and f:  down  L_adv(D) + mu V_class          f learns to name the block
 #     lines 13-15    G:        down  L_adv(G) + lam L_recon + mu L_IV      Eq. (11); L_IV = -V_class
@@ -141,18 +142,19 @@ class Machine:
 # | D2  | BN after D's first layer     | none there            | as the paper           | --d-norm |
 #         WGAN-GP's own paper has no BN in D ("none"), but Sec. 5 wants one architecture for all.
 # | D3  | E maximises f's loss         | minimises it alone    | as the paper           | --e-sign |
-#         Lines 15, 17 print "+ alpha": read literally, G and E ascend, and help f as in the code.
+#         Lines 15, 17 print "+ alpha": read literally, G and E ascend and help f, as the code's E.
 # | D4  | "number of inner iteration"  | ten steps of E        | one step of each       | --e-steps|
 # | D5  | l1 norm in Eq. (6)           |                       | mean absolute error    |          |
 #         A sum over 12,288 pixels would drown the other terms.
-# | D6  | Eq. (6) has G(O_i(z))        |                       | z = E(x)               |          |
-#         So it reads everywhere else in Sec. 3, and x_i serves Eqs. (3) and (6) both.
+# | D6  | Eq. (6): O_i(z), z ~ p_z     |                       | z = E(x)               |          |
+#         For z ~ p_z Theorem 4 says nothing: all O_i(z) are N(0, I). x_i serves Eqs. (3) and (6).
 # | D7  | noise, "variance is decayed" | deviation by epoch    | by share of the run    |          |
-#         On what D judges, in the IV models only; on `digits`, in all systems (ours).
+#         On what D judges (not f's images), in the IV models only; on `digits`, in all (ours).
 # | D8  | Adam 1e-4, for E 5e-3        | CIFAR-10: 2e-4, 1e-2  | as the paper           | --lr ... |
 #         There the code's E has width 16 and a weight decay of 5e-4. On `digits` (ours) 1e-3, and
 #         all rates fall to 0 in the second half of the run (--decay).
 # | D9  | MRGAN: only named            | last sign reversed    | - mu log D(G(E(x)))    |          |
+#         All four weights are .25, as in the code.
 # | D10 | WGAN, WGAN-GP: only named    |                       | their papers' settings |          |
 #         G moves every fifth step, so that each step of D sees a fresh batch.
 # | D11 | alpha / 2n in line 10        | sum of two means      | mean over 2n images    |          |
@@ -160,17 +162,17 @@ class Machine:
 # | D12 | BN's running statistics: silent | follow all batches | G's follow z, E's x    |          |
 #         E's rate is 50 times G's: each evaluation takes E's statistics anew from training images.
 #
-# The first rows of Table 3 are copied from other papers. "Source": PacGAN's code; in D23 a VEEGAN
-# author's code for Unrolled GAN; in D24 VEEGAN's paper, and the same author's code for ALI.
+# The first rows of Table 3 are copied from other papers. "Source" is PacGAN's code, except in D23
+# (Unrolled GAN, by an author of VEEGAN) and in D24 (VEEGAN's paper, and that author's ALI).
 # |     | source                       | here                                           | switch   |
 # |-----|------------------------------|------------------------------------------------|----------|
 # | D20 | its own networks, 28 pixels  | Table 1's, or the source's                     |--network |
-#         It has no f and no E: f is D's second head, and E has D's convolutions, as in Table 1.
+#         The source has no f, no E: f is D's second head, E has D's convolutions, as in Table 1.
 # | D21 | DCGAN: pixels in [0, 1]      | [-1, 1], as G ends in tanh; else as the source |--network |
 #         z ~ U[-1, 1]^d, Adam 2e-4, two steps of G on one z. The IV systems need z ~ N(0, I).
 # | D22 | 128,000 fixed triples        | new ones every epoch                           |--triples |
 #         Packs are fixed there, too; here each image is packed with others of its batch.
-# | D23 | batch 10, z ~ N(0, I)^256    | 64 and N(0, I)^100, as all systems             |--batch ..|
+# | D23 | batch 10, z ~ N(0, I)^256    | 64 and N(0, I)^100, as the IV systems          |--batch ..|
 # | D24 | stacked-MNIST code not found | D and F of the same author's ALI               |          |
 #         F without its last tanh, since codes are not bounded; Adam 2e-4, the ALI's.
 
@@ -194,7 +196,8 @@ class IVGANConfig(Settings):
     batch: int = setting(64, "n, images per step and rank (author code)", least=2)
     epochs: float = setting(400., "training length (author code)", least=1e-9)
     k: int = setting(4, "blocks, so interventions (Sec. 5; Table 4)", least=2, models=IV)
-    mu: float = setting(.5, "weight of L_IV for G, V_class for f (Sec. 5)", least=0, models=WITH_E)
+    mu: float = setting(.5, "of L_IV for G, V_class for f (Sec. 5); of mode in MRGAN (D9)", least=0,
+                        models=WITH_E)
     lam: float = setting(.25, "weight of L_recon for G (Sec. 5)", least=0, models=WITH_E)
     mu_e: float = setting(1., "weight of L_IV for E (Sec. 5)", least=0, models=WITH_E)
     lam_e: float = setting(1., "weight of L_recon for E (Sec. 5)", least=0, models=WITH_E)
@@ -206,9 +209,10 @@ class IVGANConfig(Settings):
                           models=IV)
     d_norm: str = setting("table1", "batch norm in D: table1, dcgan, none (D2)",
                           choices=("table1", "dcgan", "none"))
-    lr: float = setting(1e-4, "Adam's rate for D, f and G (Sec. 5)", least=0)
+    lr: float = setting(1e-4, "rate for D, f and G (Sec. 5: Adam; WGAN: RMSProp)", least=0)
     lr_d: float | None = setting(None, "Adam's rate for D instead", float, 0, models=("unrolled",))
-    lr_e: float = setting(5e-3, "Adam's rate for E (Sec. 5)", least=0, models=("veegan", *WITH_E))
+    lr_e: float = setting(5e-3, "E's rate (Sec. 5; VEEGAN: D24)", least=0,
+                          models=("veegan", *WITH_E))
     decay: str = setting("none", "of the rates: none, or linear, to 0 in the second half (D8)",
                          choices=("none", "linear"))
     beta1: float = setting(.5)                              # Sec. 5
@@ -232,7 +236,7 @@ class IVGANConfig(Settings):
         if self.model in ("unrolled", "wgan-gp") and self.compile:
             raise UserError(f"--compile does not go with {self.model}: it differentiates twice")
         if self.model == "unrolled" and self.amp == "fp16":
-            raise UserError("--amp fp16: unrolling needs gradients that it loses; use bf16 or off")
+            raise UserError("--amp fp16: fp16 loses the gradients of unrolling; use bf16 or off")
 
 
 LSGAN_NOISE = ((0, .05), (.125, .01), (.25, .001), (.5, 0.))    # D7: epochs 0, 50, 100, 200 of 400
@@ -255,7 +259,7 @@ IVGAN_DATASETS = {                                              # what a data se
     "stacked-digits": dict(size=32, width=32, steps=20_000, samples=26_000),    # ours
     "stacked-mnist": dict(steps=100_000, samples=26_000),       # Table 3; PacGAN's count of samples
     "lsun-church": dict(epochs=100.),                           # ours: 126,227 images
-    "celeba": dict(epochs=100.),                                # ours: 202,599 images
+    "celeba": dict(epochs=100.),                                # ours: 162,770 training images
 }
 
 
@@ -273,7 +277,7 @@ def preset_ivgan(model, dataset, network=None):
 # ---- Interventions (Sec. 3) ----------------------------------------------------------------------
 
 def block_substitute(z, index, k, noise):
-    """O_i, "block substitution" (Sec. 3): of k equal blocks of z, block `index` becomes noise's.
+    """O_i, "block substitution" (Sec. 3; Definitions 1, 2): block `index` of k becomes noise's.
 
     z, noise: (B, d); index: (B,) integers in 0..k-1, one block per sample. Returns (B, d),
     differentiable in z; N(0, I) in gives N(0, I) out. Raises ValueError if k does not divide d.
@@ -288,7 +292,7 @@ def block_substitute(z, index, k, noise):
 def multi_js(densities, weights=None):
     """Eq. (2): JS_pi(p_1..p_n) = H(sum pi_i p_i) - sum pi_i H(p_i), in nats, of p (n, m) discrete.
 
-    Training does not form it: there f estimates it (Theorem 3).
+    Training does not form it: there f estimates it (Theorem 3, Eqs. (4) and (5)).
     """
     if weights is None:
         weights = densities.new_full((len(densities),), 1 / len(densities))
@@ -413,7 +417,7 @@ class PairDiscriminator(nn.Module):
 
 
 class Encoder(nn.Sequential):
-    """E of Table 1: images (B, C, S, S) -> codes (B, d), normalised by the last BN."""
+    """E of Table 1: images -> codes (B, d); its last BN has no scale and shift (author code)."""
 
     def __init__(self, trunk, latent):
         last = nn.Conv2d(trunk.c, latent, trunk.side, 2, 0, bias=False)     # CONV(K4, S2, O100)
@@ -463,7 +467,7 @@ def classification_loss(logits, index):
 def reconstruction_loss(x, x_hat, w_i, w_hat):
     """L_recon of Eq. (6): |G(E(x)) - x| + |E(G(O_i(w))) - O_i(w)|, each a mean per element (D5).
 
-    x, x_hat: (B, C, S, S); w_i, w_hat: (B, d). A scalar.
+    x, x_hat: (B, C, S, S); w_i, w_hat: (B, d). A scalar. Eqs. (7) to (10) only prove Theorem 4.
     """
     pixels = (x_hat.float() - x.float()).abs().mean()
     codes = (w_hat.float() - w_i.float()).abs().mean()
@@ -494,11 +498,8 @@ class GAN(nn.Module):
     """DCGAN, LSGAN, WGAN and WGAN-GP, by `config.loss`: the baselines, and IVGAN without E.
 
     channels: of the images. steps: the run's length, for the schedules of noise and rates (None:
-    both stay as they start).
-    It logs d_adv, g_adv, and d_gp, WGAN-GP's penalty.
+    both stay as they start). It logs d_adv, g_adv, and d_gp, WGAN-GP's penalty.
     """
-
-    has_encoder = False
 
     def __init__(self, config, machine=None, channels=3, steps=None):
         super().__init__()
@@ -521,7 +522,7 @@ class GAN(nn.Module):
             lr_d = c.lr if c.lr_d is None else c.lr_d
             self.optimiser_d = self.machine.adam(self.D.parameters(), lr_d, betas)
             self.optimiser_g = self.machine.adam(self.G.parameters(), c.lr, betas)
-        if self.has_encoder:
+        if self.E is not None:
             self.optimiser_e = self.machine.adam(self.E.parameters(), c.lr_e, betas)
         for optimiser in data.optimisers_of(self).values():
             optimiser.param_groups[0]["initial_lr"] = optimiser.param_groups[0]["lr"]
@@ -530,14 +531,14 @@ class GAN(nn.Module):
         c = self.config
         self.D = Discriminator(convolutions(c, c.pack * channels, c.d_norm), c.k)
         self.E = None
-        if self.has_encoder:
+        if c.model in WITH_E:
             self.E = Encoder(convolutions(c, channels, "dcgan"), c.latent)
 
     def prior(self, n):
         return self.from_normal(torch.randn(n, self.config.latent, device=self.machine.device))
 
     def from_normal(self, noise):
-        """N(0, I) -> the prior: itself, or by its distribution function U[-1, 1]^d (D21)."""
+        """N(0, I) -> a draw of the prior: unchanged, or mapped to U[-1, 1]^d (D21)."""
         return noise if self.config.prior == "normal" else 2 * torch.special.ndtr(noise) - 1
 
     def generate(self, z):
@@ -554,10 +555,8 @@ class GAN(nn.Module):
     def noisy(self, x):
         """Instance noise on what D judges (Sec. 5; D7)."""
         done = self.iteration / self.steps if self.steps else 0.
-        std = 0.
-        for start, deviation in self.config.noise_schedule:
-            if done >= start:
-                std = self.config.noise * deviation
+        reached = [deviation for start, deviation in self.config.noise_schedule if done >= start]
+        std = self.config.noise * reached[-1] if reached else 0.
         return x + std * torch.randn_like(x) if std else x
 
     def step(self, x):
@@ -593,7 +592,7 @@ class GAN(nn.Module):
             total = losses["d_adv"]
             if x_i is not None:
                 losses["f_ce"] = classification_loss(self.D(x_i.detach())[1], index)
-                total = total + c.mu * losses["f_ce"]           # line 12 ascends log f
+                total = total + c.mu * losses["f_ce"]           # line 12, with Sec. 5's mu for D
             if c.loss == "wgan-gp":
                 losses["d_gp"] = gradient_penalty(lambda x: self.D(x)[0], real, fake)
                 total = total + 10 * losses["d_gp"]             # D10
@@ -622,15 +621,12 @@ class GAN(nn.Module):
         if self.E is None:
             raise ValueError(f"{self.config.model} has no encoder")
         with self.machine.inference(self):
-            x = x.to(self.machine.device, memory_format=torch.channels_last)
-            return self.E(x).float()
+            return self.E(x.to(self.machine.device, memory_format=torch.channels_last)).float()
 
 
 class IVGAN(GAN):
     """IVDCGAN and IVLSGAN. Beside GAN's it logs f_ce: V_class as f descends it (log k: f only
     guesses); rec: L_recon of Eq. (6); iv: L_IV after f's step."""
-
-    has_encoder = True
 
     def step(self, x):
         """One iteration of Algorithm 1 on images x (B, C, S, S) in [-1, 1]. Returns its losses."""
@@ -695,9 +691,7 @@ class IVGAN(GAN):
 class MRGAN(GAN):
     """Mode regularised GAN (D9): G and E down lam |x - G(E(x))| - mu log D(G(E(x))).
 
-    Beside GAN's it logs rec, the first of these terms, and mode, the second."""
-
-    has_encoder = True
+    Beside GAN's it logs rec, |x - G(E(x))|, and mode, -log D(G(E(x))), both without weights."""
 
     def step(self, x):
         """One iteration on images x (B, C, S, S) in [-1, 1]. Returns its losses as scalars."""
@@ -804,8 +798,6 @@ class VEEGAN(GAN):
     q(z|x) = N(E(x), I). It logs d_adv; g_adv, D's mean logit on (z, G(z)); rec, -log q(z|G(z)).
     """
 
-    has_encoder = True
-
     def make_judges(self, channels):
         c = self.config
         self.D = PairDiscriminator(convolutions(c, channels, c.d_norm), c.latent)
@@ -814,11 +806,10 @@ class VEEGAN(GAN):
 
     def step(self, x):
         """Algorithm 1 of its paper on images x (B, C, S, S) in [-1, 1]. Returns its losses."""
-        m = self.machine
         self.set_rates()
         x = x.to(memory_format=torch.channels_last)
         z = self.prior(len(x))
-        with m.autocast():
+        with self.machine.autocast():
             x_z = self.G(z)
             rec = code_loss(z, self.E(x_z).float())
             mean = self.E(x).detach().float()                   # F descends rec alone, line 9
@@ -826,8 +817,8 @@ class VEEGAN(GAN):
             from_x = self.D(mean + torch.randn_like(mean), self.noisy(x))
         d_adv = adversarial_loss_d("dcgan", from_z, from_x)     # label 1: the pair of z
         g_adv = from_z.mean()                                   # log of a ratio of densities
-        m.descend_together((self.optimiser_d, d_adv), (self.optimiser_g, g_adv + rec),
-                           (self.optimiser_e, rec))
+        self.machine.descend_together((self.optimiser_d, d_adv), (self.optimiser_g, g_adv + rec),
+                                      (self.optimiser_e, rec))
         self.iteration += 1
         return {"d_adv": d_adv.detach(), "g_adv": g_adv.detach(), "rec": rec.detach()}
 
@@ -866,9 +857,9 @@ def figures_ivgan(model, folder, step, x):
 #             x^ = G(z)       x_hat         (B, C, S, S)
 #             z_k = T_k(z)    chain         t + 1 batches (B, d), k = 0..t
 #             D(z_k)          judge(chain)  logits (t + 1, B, t + 1)
-#             mu1, mu2        mu1, mu2      over t + 1: 4 / (t + 1) for D, 2 / (t + 1) for E
+#             mu1, mu2        mu1, mu2      4, 2: used divided by t + 1, as the paper prints them
 #
-# Algorithm 1 is `IVAAE.step`; its comments give the algorithm's line numbers.
+# Algorithm 1 (Fig. 1) is `IVAAE.step`; its comments give the algorithm's line numbers.
 #     lines 2-9      z = E(x);  x^ = G(z);  z_k = T_k(z), k = 0..t
 #     lines 10-11    D:  down  mu1 L_IV
 #     lines 13-14    G:  down  lam L_recon
@@ -879,20 +870,22 @@ def figures_ivgan(model, folder, step, x):
 # |-----|-----------------------------------|-------------------------------------------|----------|
 # | D14 | L_recon's reduction not printed   | WAE's: .05 times the sum over an image    | --lam    |
 #         WAE's MNIST pixels lie in [0, 1]; in [-1, 1], as here, the sum is four times as large.
-#         Adam's betas and the initial weights are not printed either: (.5, .999), WAE's; torch's.
-# | D15 | "+" before L_recon, E's gradient as G's, 1 / mt | descent, E's own, a mean | --e-loss |
+#         Silent, too, on the optimiser and the initial weights: Adam (.5, .999), as WAE; torch's.
+# | D15 | line 16: "+ L_recon", d/d theta_G; 1 / mt | descent; d/d theta_E; a mean  | --e-loss |
 #         Algorithm 1 lets E maximise D's cross entropy. `prior` is the form of WAE-GAN's paper and
 #         of Fig. 3: every z_k shall look like the prior's.
 # | D16 | "{z^l} for every two iterations"  | two SVGD steps from one bridge to the next |         |
 #         The bandwidth is a constant to the gradient.
 # | D17 | Table 4's "DCONV(C1, K4, S0)"     | 8, 12, 16, 32, 64 by K5, K5, K6, K4       |          |
-#         A misprint: this keeps every other stride and Sec. 4's "5 x 5 or 6 x 6". "FC(C1)" ends
-#         in the latent dimension.
+#         A misprint: this keeps every other stride and Sec. 4's "5 x 5 or 6 x 6" (the row above
+#         prints K5, S2, which would not end in 32). "FC(C1)" ends in the latent dimension.
 # | D18 | WAE-GAN's D has one output        | two, whose difference is its logit        | --e-loss |
-#         So `aae` is IVAAE at t = 1: L_IV is a mean of two terms; only the code's reaches E.
-#         `prior`, that term alone, is WAE-GAN's form: at the same mu2 it weighs twice.
+#         So `aae` is IVAAE at t = 1. L_IV is a mean of two terms, of which one reaches E, and E
+#         descends mu2 / 2 log D_0(E(x)). By `prior`, WAE-GAN's form, it is -mu2 log D_1(E(x)).
+#         D moves before E and G, as in Algorithm 1; WAE-GAN's code has it after them.
 # | D19 | one z for all k (line 3)          | each T_k draws its own: the same in the mean |       |
 #         WAE-MMD's weight on CIFAR-10 is CelebA's, Fashion-MNIST's settings are MNIST's (silent).
+#         Figs. 2 and 3 do not name their data: MNIST here, by a D that learns at the first rate.
 
 BRIDGED = ("ivaae-bw", "ivaae-rad", "ivaae-svgd")
 WITH_D = ("aae", *BRIDGED)
@@ -900,8 +893,7 @@ WITH_D = ("aae", *BRIDGED)
 
 @dataclasses.dataclass
 class IVAAEConfig(Settings):
-    """IVAAE's settings. The values are those of Sec. 4 "for all datasets and models", with CelebA's
-    latent size and batch."""
+    """IVAAE's settings: Sec. 4's "for all datasets and models", CelebA's latent size and batch."""
 
     model: str = setting("ivaae-rad", f"{', '.join(BRIDGED)}, aae, wae-mmd, or one of Part I's")
     dataset: str = setting("celeba", "a name (see data.py) or a folder of pictures")
@@ -926,7 +918,7 @@ class IVAAEConfig(Settings):
     def check(self):
         """Raises UserError, in one sentence, for settings that cannot work."""
         super().check()
-        if self.model in ("aae", "ivaae-bw") and self.latent % self.t:
+        if self.model == "ivaae-bw" and self.latent % self.t:
             raise UserError(f"--t {self.t} does not divide the latent dimension {self.latent}")
         if self.network == "conv" and self.size != 64:
             raise UserError(f"--size {self.size}: Table 4's networks are for 64 pixels")
@@ -946,13 +938,11 @@ IVAAE_DATASETS = {                                              # what a data se
 
 def preset_ivaae(model, dataset):
     """IVAAEConfig of one system on one data set."""
-    changes = IVAAE_DATASETS.get(dataset, {})
-    if model == "aae":
-        changes = changes | dict(t=1)                           # D18
+    changes = IVAAE_DATASETS.get(dataset, {}) | (dict(t=1) if model == "aae" else {})       # D18
     return IVAAEConfig(model=model, dataset=dataset, **changes)
 
 
-# ---- Bridges T_k (Secs. 2, 3.2, 4) ---------------------------------------------------------------
+# ---- Bridges T_k (Secs. 2, 3.2, 4; Definition 1) -------------------------------------------------
 
 def prefix_substitute(z, step, t, noise):
     """T_k of "blockwise substitution" (Sec. 2), k = `step`: noise in the first k of t blocks.
@@ -1023,8 +1013,8 @@ def svgd_step_fast(z, bandwidth, epsilon=1.):
 def svgd_chain(z, t, every=2, noise=.1):
     """The third bridge (Sec. 4): [z, z^1, .., z^(t-1)] by `every` SVGD steps each, z^t the prior's.
 
-    z (n, d), n >= 2. The bandwidth is that of the particles at hand; each step is followed by
-    Gaussian noise of deviation `noise`, as printed. Gradients flow back to z through all steps.
+    z (n, d), n >= 2. The bandwidth is that of the particles at hand. Noise of deviation `noise`
+    (printed: "0.1 Gaussian noise") follows each step. Gradients flow back to z through all steps.
     """
     # The paper's batches are small enough for the plain step: 64 x 64 x 16 numbers on MNIST.
     move = svgd_step if len(z) * z.numel() <= 2**22 else svgd_step_fast
@@ -1062,16 +1052,15 @@ def table4_networks(latent, channels, width, outputs):
     layers = []
     c = channels
     for n in range(4):                                          # 64 -> 32 -> 16 -> 8 -> 4
-        layers += [nn.Conv2d(c, width << n, 5, 2, 2, bias=False), nn.BatchNorm2d(width << n)]
-        layers.append(nn.ReLU())
+        layers.append(nn.Conv2d(c, width << n, 5, 2, 2, bias=False))
         c = width << n
+        layers += [nn.BatchNorm2d(c), nn.ReLU()]
     encoder = nn.Sequential(*layers, nn.Flatten(), nn.Linear(16 * c, latent))
 
     layers = [nn.Linear(latent, 64 * c), nn.Unflatten(1, (c, 8, 8))]
     for place in ((5, 1, 0), (5, 1, 0), (6, 2, 2)):             # 8 -> 12 -> 16 -> 32
-        layers += [nn.ConvTranspose2d(c, c // 2, *place, bias=False), nn.BatchNorm2d(c // 2)]
-        layers.append(nn.ReLU())
         c //= 2
+        layers += [nn.ConvTranspose2d(2 * c, c, *place, bias=False), nn.BatchNorm2d(c), nn.ReLU()]
     generator = nn.Sequential(*layers, nn.ConvTranspose2d(c, channels, 4, 2, 1), nn.Tanh())
     return encoder, generator, nn.Sequential(*perceptron(latent, 4 * width, 4, outputs))
 
@@ -1132,10 +1121,7 @@ class AutoEncoder(nn.Module):
     def set_rates(self, *optimisers):
         """The learning rates' decay by epoch (Sec. 4), by the same factor for all networks."""
         epoch = self.iteration / self.steps_per_epoch if self.steps_per_epoch else 0.
-        factor = 1.
-        for start, value in self.config.decay:
-            if epoch >= start:
-                factor = value
+        factor = ([1.] + [value for start, value in self.config.decay if epoch >= start])[-1]
         for optimiser in optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = factor * group["initial_lr"]
@@ -1158,7 +1144,7 @@ class AutoEncoder(nn.Module):
 class IVAAE(AutoEncoder):
     """IVAAE with any bridge, and AAE (WAE-GAN), which is IVAAE at t = 1 (D18).
 
-    It logs rec, L_recon of D14; d_iv, L_IV of Eq. (1) as D descends it; e_adv, what E descends.
+    It logs rec, by D14; d_iv, L_IV of Eq. (1) before D's step; e_adv, what E descends beside rec.
     """
 
     def __init__(self, config, machine=None, channels=1, steps_per_epoch=None):
@@ -1209,10 +1195,7 @@ class IVAAE(AutoEncoder):
 
 
 class WAE(AutoEncoder):
-    """WAE-MMD: `metrics.mmd_imq` between codes and prior in the place of D and its bridges.
-
-    It logs rec, L_recon of D14, and mmd.
-    """
+    """WAE-MMD: `metrics.mmd_imq` of codes and prior in D's place. It logs rec, by D14, and mmd."""
 
     def __init__(self, config, machine=None, channels=1, steps_per_epoch=None):
         super().__init__(config, machine, channels, steps_per_epoch)
@@ -1234,10 +1217,7 @@ class WAE(AutoEncoder):
 # ---- Figures, and the experiments of Figures 2, 3 and 5 ------------------------------------------
 
 def figures_ivaae(model, folder, step, x, codes):
-    """Pictures of one evaluation: Figs. 6 and 7, of test images x (100, C, S, S).
-
-    codes (N, d), of training images, for the covariance.
-    """
+    """Fig. 7 and pictures of test images x (100, C, S, S); Fig. 6 of training images' codes."""
     noise = metrics.fixed_noise(100, model.config.latent)
     metrics.save_grid(folder / f"samples/{step:06d}.png", model.decode(noise))          # Fig. 7
     z = model.encode(x).cpu()
@@ -1256,18 +1236,17 @@ def probe_discriminator(model, batches, steps):
     """Figs. 2 and 3: D alone goes on training while E and G stand still. A dict per iteration.
 
     `loss` is L_IV of D; `gradient` the norm of E's gradient of -log D_t(E(x)), Fig. 3's own;
-    `gradient_iv` that of the loss E trains on. Raises NotFinite.
+    `gradient_iv` that of E's own term, `encoder_loss`. Raises NotFinite.
     """
-    m = model.machine
     own = list(model.E.parameters())
     lines = []
     model.E.eval()
     for n in range(1, steps + 1):
         x, _ = next(batches)
-        with m.autocast():
+        with model.machine.autocast():
             z = model.E(x).float()
         chain = model.bridges(z)
-        with m.autocast():
+        with model.machine.autocast():
             logits = model.judge(chain)
             losses = {"gradient": -logits[0].log_softmax(1)[:, -1].mean(),
                       "gradient_iv": model.encoder_loss(logits)}
@@ -1285,10 +1264,10 @@ def probe_discriminator(model, batches, steps):
 def probe_classifier(model, batches, test_set, steps, every=100):
     """Fig. 5: an MLP of two layers of 1000 nodes on the frozen encoder's last hidden layer.
 
-    Batch 60, Adam 1e-4 (Sec. 4). A dict per `every` iterations: `error`, the share of test images
-    that it gets wrong.
+    Batch 60, rate 1e-4 (Sec. 4), by Adam (ours). A dict per `every` iterations: `error`, the share
+    of test images that it gets wrong.
     """
-    hidden = nn.Sequential(*list(model.E)[:-1])
+    hidden = model.E[:-1]
     device = model.machine.device
 
     def features(x):
@@ -1305,9 +1284,7 @@ def probe_classifier(model, batches, test_set, steps, every=100):
     for step in range(1, steps + 1):
         x, y = next(batches)
         loss = F.cross_entropy(mlp(features(x)), y)
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
+        model.machine.descend(optimiser, loss)
         if step % every == 0 or step == steps:
             with torch.no_grad():
                 wrong = sum((mlp(h).argmax(1) != y).sum().item() for h, y in test)
@@ -1321,7 +1298,8 @@ def probe_classifier(model, batches, test_set, steps, every=100):
 # ==================================================================================================
 
 # Each table and figure with numbers: columns are (heading, data set, metric); a row is the flags of
-# a system (None: not in this file) and the published value of each column (None: blank).
+# a system and the published value of each column (None: blank). Table 4 is silent on E's mu, which
+# stays twice G's, as in Sec. 5.
 TABLES = {
     "2": dict(
         title="IVGAN, Table 2: minimum of FID", choose="min",
@@ -1417,7 +1395,7 @@ def evaluate(model, evaluator, run, step, x_test, train_set):
     """Pictures and metrics of one moment, which do not disturb the training's random numbers.
 
     For IVAAE's systems `fld`: Frechet distance of the prior and the codes of `fld_n` training
-    images: the first 60,000, of MNIST all (Sec. 4 draws them at random).
+    images, by Sec. 4's formula: the first 60,000 of them, which on MNIST are all; Sec. 4 draws.
     """
     began = time.time()
     c = model.config
@@ -1437,14 +1415,10 @@ def evaluate(model, evaluator, run, step, x_test, train_set):
                 torch.optim.swa_utils.update_bn((x.to(memory_format=torch.channels_last)
                                                  for x, _ in images if len(x) == c.batch), model.E)
         figures_ivgan(model, run.folder, step, x_test)
-
-    def reconstruct(x):
-        return model.decode(model.encode(x))
-
-    result |= evaluator(model.sample, None if model.E is None else reconstruct)
+    result |= evaluator(model.sample, None if model.E is None else
+                        lambda x: model.decode(model.encode(x)))
     result["protocol"] = "; ".join([*protocol, result["protocol"]])
-    result["eval_s"] = round(time.time() - began, 1)
-    return result
+    return result | {"eval_s": round(time.time() - began, 1)}
 
 
 def score_of(result):
@@ -1459,7 +1433,7 @@ def train(config, machine, folder, checkpoint=None):
     train_set, test_set = data.load_pair(config.dataset, config.root, config.size)
     if train_set.kind != "images":
         raise UserError(f"--dataset {config.dataset} holds points; ivgen.py needs images")
-    labelled = train_set                                        # of which the classifier learns
+    labelled = train_set                                        # for the classifier: no triples
     if getattr(config, "triples", None):
         train_set = data.fixed_triples(train_set, test_set, config.triples)             # D22
     batches = data.Batches(train_set, config.batch, machine.device, config.size, config.seed,
@@ -1475,7 +1449,7 @@ def train(config, machine, folder, checkpoint=None):
     if run.main:
         paper = TABLES["ivaae-1" if isinstance(config, IVAAEConfig) else "2"]["columns"]
         paper_has_fid = config.dataset in [dataset for _, dataset, _ in paper]
-        many = 60_000 if config.dataset in ("mnist", "fashion-mnist") else 50_000   # Table 2
+        many = 60_000 if config.dataset in ("mnist", "fashion-mnist") else 50_000   # author code
         weights = metrics.inception_default(config.inception, paper_has_fid, machine.device,
                                             config.samples or many)
         samples = config.samples or (many if weights else 10_000)
@@ -1504,7 +1478,7 @@ def train(config, machine, folder, checkpoint=None):
             if saves:
                 run.check_finite()
             if evaluates:
-                if run.main:
+                if run.main:                                    # Figs. 4 and 7: the curves
                     result = evaluate(model, evaluator, run, step, x_test, train_set)
                     run.report(step, result)
                     metrics.draw_log_curves(run.folder, ("fid", "fcd", "kl", "fld"), title)
@@ -1526,7 +1500,7 @@ def probe(config, machine, checkpoint, folder, which, steps=None):
     if not isinstance(config, IVAAEConfig):
         raise UserError(f"--probe: {config.model} is not one of IVAAE's systems")
     if machine.amp == "fp16":
-        raise UserError("--amp fp16: a probe looks at gradients that it loses; use bf16 or off")
+        raise UserError("--amp fp16: a probe looks at gradients that fp16 loses; use bf16 or off")
     if which == "discriminator" and config.model == "wae-mmd":
         raise UserError("--probe discriminator: wae-mmd has no discriminator")
     train_set, test_set = data.load_pair(config.dataset, config.root, config.size)
@@ -1569,9 +1543,9 @@ def main(argv=None):
     folder = data.run_folder(args, f"runs/{FILE}-{config.model}-{name}-s{config.seed}")
     if args.bench:
         channels = 1 if config.dataset in ("digits", "mnist", "fashion-mnist") else 3
-        x = torch.rand(config.batch, channels, config.size, config.size, device=machine.device)
-        model = build(config, machine, channels, args.bench)
-        print(json.dumps(metrics.benchmark(model, x * 2 - 1, args.bench, config.compile)))
+        model = build(config, machine, channels)
+        x = model.sample(config.batch)
+        print(json.dumps(metrics.benchmark(model, x, args.bench, config.compile)))
     elif args.probe:
         probe(config, machine, checkpoint, folder, args.probe, args.steps)
     elif args.sample:
