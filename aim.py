@@ -1087,7 +1087,7 @@ def evaluate(model, evaluator, folder, step, test, classes):
     """
     began = time.time()
     figures = figures_images if model.config.size else figures_points
-    with metrics.seeded(model.machine.device, 0):  # all evaluations' pictures have the same noise
+    with data.random_state_kept(0):  # all evaluations' pictures have the same noise
         figures(model, folder, step, *test, classes)
         result = evaluator(model)
         drawn = model.E is None or isinstance(model.E, ImplicitEncoder)  # no sigma of its own
@@ -1112,7 +1112,7 @@ def train(config, machine, folder, checkpoint=None):
                            run.rank, run.world)
     run.expect(train_set, test_set)
     steps = config.steps or math.ceil(config.epochs * batches.steps_per_epoch)
-    if checkpoint:
+    if checkpoint and not run.other_data:
         steps = max(steps, checkpoint["step"])
     eval_every = config.eval_every or max(1, min(10 * batches.steps_per_epoch, steps // 12))
     torch.manual_seed(config.seed)  # every rank builds the same networks
@@ -1125,8 +1125,7 @@ def train(config, machine, folder, checkpoint=None):
     start = run.begin(model, batches, steps)
     if config.compile:
         data.compile_networks(model)
-    if start == 0:
-        run.save("last.pt", 0)  # resumable from any kill
+    run.save("last.pt", start)  # resumable from any kill
     result = {}
     with run:
         for step in range(start + 1, steps + 1):

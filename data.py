@@ -106,13 +106,8 @@ class Steady:
             self.stream.reconfigure(errors="backslashreplace")
 
     def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
-        return self.attempt(self.stream.write, text)
-
-    def flush(self):
-        return self.attempt(self.stream.flush)
+        found = getattr(self.stream, name)
+        return functools.partial(self.attempt, found) if name in ("write", "flush") else found
 
     def attempt(self, action, *given):
         try:
@@ -133,7 +128,7 @@ class Parser(argparse.ArgumentParser):
         """Both ways of parsing come here. Of `--flag=--` argparse makes an empty list."""
         found, rest = super().parse_known_args(args, namespace)
         for name, value in vars(found).items():
-            if value == []:
+            if value in ([], ""):
                 self.error(f"argument {flag_of(name)}: expected one argument")
         return found, rest
 
@@ -170,7 +165,7 @@ def run_command(main, argv=None):
             signal.signal(number, handler)
         sys.stdout.flush()
         sys.stdout, sys.stderr = streams
-        if dist.is_available() and dist.is_initialized():
+        if dist.is_initialized():
             dist.destroy_process_group()
 
 
@@ -185,10 +180,13 @@ def on_signals(handler):
 
 
 @contextlib.contextmanager
-def random_state_kept():
-    """Whatever is drawn inside, the caller's random numbers go on as if nothing had been."""
+def random_state_kept(seed=None):
+    """Whatever is drawn inside (from `seed`, if given), the caller's random numbers go on after it
+    as if nothing had been."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices):
+        if seed is not None:
+            torch.manual_seed(seed)
         yield
 
 
@@ -326,8 +324,8 @@ def load_pair(name, root="data", size=None):
     local = os.environ.get("LOCAL_RANK") if dist.is_initialized() else None
     if local not in (None, "0"):
         dist.barrier()
-    train = load(name, root, size or None, "train")
-    test = load(name, root, size or None, "test")
+    train = load(name, root, size, "train")
+    test = load(name, root, size, "test")
     if local == "0":
         dist.barrier()
     if train.channels != test.channels:
@@ -607,10 +605,7 @@ def draw_digits(n, seed):
     """n handwritten-looking digits, fixed by `seed`: x uint8 (n, 1, 28, 28), y int64 (n,)."""
     generator = torch.Generator().manual_seed(seed)
     y = torch.arange(n) % 10
-    digit = torch.tensor([d for d, _ in GLYPHS])
-    count = digit.bincount()
-    start = torch.searchsorted(digit, torch.arange(10))
-    glyph = start[y] + (torch.rand(n, generator=generator) * count[y]).long()
+    glyph = 2 * y + (2 * torch.rand(n, generator=generator)).long()  # GLYPHS has two of each
     # Pieces of 500 fit the processor's caches. One thread draws them: threads that wait for each
     # other at many small operations are far slower on a busy machine.
     threads = torch.get_num_threads()
@@ -722,7 +717,7 @@ def _celeba(root, size, split):
     got = _torchvision("celeba", root, lambda download: sets.CelebA(root, split, download=download))
     folder = Path(root) / got.base_folder / "img_align_celeba"
     files = [str(folder / file) for file in got.filename]
-    return _pictures("celeba", split, folder, files, root, size, crop=140)
+    return _pictures("celeba", split, folder, files, root, size, crop=(19, 39, 159, 179))
 
 
 def _lsun(root, size, split):
@@ -762,21 +757,20 @@ FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM")  # Pillow knows o
 
 
 def _folder(folder, root, size, split):
-    """Pictures, or one folder for each class; or train/ and test/ (in any case) of either kind."""
+    """Pictures, or one folder for each class; or of either kind train/ and test/, else val/ or
+    valid/ or validation/ (in any case)."""
     inside = {entry.name.lower(): entry for entry in folder.iterdir() if entry.is_dir()}
     train = inside.get("train", folder)
     base = train
     if train != folder:
-        base = inside.get(split, train)
-        beside = sorted(inside.keys() - {"train", "test", "val", "valid", "validation"})
+        tests = ("test", "val", "valid", "validation")
+        if split == "test":
+            base = next((inside[name] for name in tests if name in inside), train)
+        beside = sorted(inside.keys() - {"train", *tests})
         if any(find_pictures(inside[name]) for name in beside if not name.startswith(".")):
             raise UserError(f"{folder} has pictures in train/ and beside it, in "
                             f"{', '.join(beside)}: are these classes, rename train; else move them")
-    passed = []
-    files = find_pictures(base, passed)
-    if not files:
-        raise UserError(f"there are no pictures ({' '.join(SUFFIXES)}) in {base}")
-    say_passed(base, passed)
+    files = pictures_of(base)
     found = _classes(base, files)
     # The training split numbers the classes, whatever the test split has of them.
     names = sorted(set(found if base == train else _classes(train, find_pictures(train))))
@@ -811,12 +805,17 @@ def find_pictures(folder, passed=None):
     return found
 
 
-def say_passed(folder, passed):
-    """How many files of which suffixes find_pictures() passed over, if any, in one line."""
-    kinds = collections.Counter(os.path.splitext(name)[1].lower() or name for name in passed)
+def pictures_of(folder):
+    """find_pictures() of a folder that must have some; what is passed over is said in a line."""
+    passed = []
+    files = find_pictures(folder, passed)
+    if not files:
+        raise UserError(f"there are no pictures ({' '.join(SUFFIXES)}) in {folder}")
     if passed:
+        kinds = collections.Counter(os.path.splitext(name)[1].lower() or name for name in passed)
         text = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(5))
         say(f"{folder}: {len(passed)} files passed over for their suffix: {text}")
+    return files
 
 
 def _classes(base, files):
@@ -853,7 +852,7 @@ def _pictures(name, split, source, items, root, size, crop=None, read=None):
     which source and size, `stamp` inside it which files: after a change it is replaced. A set has
     to fit in memory only when it is decoded; later only the pages in use do.
     """
-    digest = hashlib.sha1(f"1 {crop}".encode())  # Count the 1 up when pictures are read otherwise.
+    digest = hashlib.sha1(f"2 {crop}".encode())  # Count the 2 up when pictures are read otherwise.
     for path in [source] if read else items:
         with contextlib.suppress(OSError):  # What is missing is named when all are read.
             status = os.stat(path)
@@ -950,9 +949,9 @@ def read_pictures(name, items, size=None, crop=None, read=None, changed=None):
 def read_picture(file, size=None, crop=None):
     """A path, or an open file -> (uint8 (C, H, W), [what was changed]); grey has one channel.
 
-    It is made upright and 8-bit; then the central `crop` pixels are taken, or with `size` the
-    shorter side is resized and the central square taken. Raises what Pillow does; ValueError for a
-    file that is empty or not regular, and for too few or too many pixels.
+    It is made upright and 8-bit; then the box `crop` is taken (left, upper, right, lower), and with
+    `size` the central square is resized. Raises what Pillow does; ValueError for a file that is
+    empty or not regular, and for too few or too many pixels.
     """
     changes = []
     if not hasattr(file, "read"):
@@ -968,14 +967,11 @@ def read_picture(file, size=None, crop=None):
             raise ValueError(f"{image.width}x{image.height} pixels: too many")
         image = _plain(image, changes)
     if crop:
-        image = _centre(image, crop)
+        image = image.crop(crop)
     if size:
-        scale = size / min(image.size)
-        scaled = (round(image.width * scale), round(image.height * scale))
-        image = image.resize(scaled, Image.Resampling.BILINEAR)
-        if image.size != (size, size):
+        if image.width != image.height:
             changes.append("oblong, cut to the central square")
-        image = _centre(image, size)
+        image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
     array = np.asarray(image)
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1), changes
 
@@ -1005,12 +1001,6 @@ def _plain(image, changes):
             changes.append("transparent, laid over white")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("L" if grey else "RGB")
-
-
-def _centre(image, side):
-    left = (image.width - side) // 2
-    top = (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side))
 
 
 # ---- Hardware and ranks --------------------------------------------------------------------------
@@ -1159,7 +1149,7 @@ def add_flags(parser, settings):
         text = about["text"].replace("%", "%%") + ("" if value is None else f" ({value})")
         how = dict(type=about["kind"], metavar="X")
         if about["kind"] is bool:
-            how = dict(action="store_true", default=None)
+            how = dict(action=argparse.BooleanOptionalAction)  # --no-compile, when resuming
         parser.add_argument(flag_of(field.name), help=text, **how)
 
 
@@ -1209,8 +1199,6 @@ def parse(argv, file, about, preset, extra=None, tables=()):
     if args.sample and not checkpoint:
         raise UserError("--sample needs --resume RUN, the run to draw from")
     free = (*FREE, "seed") if args.sample else FREE
-    if args.out == "":
-        raise UserError("--out is empty")
     given = {k: v for k, v in vars(args).items() if v is not None and hasattr(settings, k)}
     return args, with_flags(settings, given, free if checkpoint else given), checkpoint
 
@@ -1299,8 +1287,6 @@ def load_checkpoint(path, file):
 
     Raises UserError if it is absent, damaged, of another file, or a pickle that would run code.
     """
-    if path == "":
-        raise UserError("--resume is empty")
     path = Path(os.path.expanduser(path))
     if path.is_dir() or path.suffix != ".pt":
         path = path / "last.pt"
@@ -1377,10 +1363,8 @@ SAVE_EVERY = 500
 
 
 def is_taken(folder):
-    """Whether a run, or what could be one, has left something there."""
-    log = folder / "log.jsonl"
-    written = log.exists() and log.stat().st_size > 0
-    return written or (folder / "config.json").exists() or any(folder.glob("*.pt"))
+    """Whether something has been left there. A log that was only opened does not count."""
+    return any(file.is_file() and file.stat().st_size for file in folder.glob("*"))
 
 
 def run_folder(args, default):
@@ -1403,7 +1387,7 @@ def run_folder(args, default):
             raise UserError(f"--resume {args.resume} may go back behind its run's last step; give "
                             "the --out of a new run")
         return resumed
-    if out.is_dir() and any(out.iterdir()):
+    if is_taken(out):
         raise UserError(f"--out {out} holds something else; give a new folder, or leave it out to "
                         f"go on in {resumed}")
     return out
@@ -1464,7 +1448,8 @@ class Run:
         self.rank = from_environment("RANK", "0")
         self.world = from_environment("WORLD_SIZE", "1")
         self.main = self.rank == 0
-        self.best = None  # the least score so far
+        self.best = None  # the least score so far, of evaluations by one protocol
+        self.protocol = None
         self.signal = 0
         self.step = 0
         self.losses = []
@@ -1524,7 +1509,7 @@ class Run:
         """Puts a checkpoint back, and lets the ranks train one model. Returns the steps done.
 
         steps: the length of the run. In a new folder other data start a new run from the
-        checkpoint's weights. Raises UserError if it is of other networks.
+        checkpoint's weights and moments. Raises UserError if it is of other networks.
         """
         self.model = model
         self.batches = batches
@@ -1538,7 +1523,7 @@ class Run:
         if model.iteration == steps and self.main:
             print(f"the run is at step {steps} already; --steps beyond that would continue it",
                   file=sys.stderr)
-        self.first = model.iteration
+        self.first = self.step = model.iteration
         self.began = time.time()
         self.start_clock(model.iteration)
         return model.iteration
@@ -1548,7 +1533,7 @@ class Run:
         restore(state, self.model)
         if self.other_data:
             say(f"{self.settings.dataset} holds other data than the run was trained on: this is a "
-                "new run, from step 0, that begins with its weights")
+                "new run, from step 0, that begins with its weights and optimisers")
             self.model.iteration = 0
             return
         if fits(state["scaler"], SCALER):  # empty where the run was not of fp16 so far
@@ -1563,10 +1548,9 @@ class Run:
         except (RuntimeError, TypeError) as error:
             raise UserError("--resume: the checkpoint's random numbers do not go on here "
                             f"({first_line(error)})") from None
-        protocol = all(state["settings"].get(name) == getattr(self.settings, name)
-                       for name in ("inception", "samples"))
-        if protocol and (self.folder / "best.pt").exists():
-            self.best = state["best"] if fits(state.get("best"), float) else None
+        if (self.folder / "best.pt").exists() and fits(state.get("best"), float):
+            self.best = state["best"]
+            self.protocol = state.get("protocol")
 
     def generators(self):
         """The modules that keep the state of the random numbers in use."""
@@ -1574,12 +1558,9 @@ class Run:
 
     def forget_after(self, step):
         """Drops log lines past the checkpoint, and a line torn by a kill: they are redone."""
-        kept = []
         path = self.folder / "log.jsonl"
-        for line in path.read_text(errors="replace").splitlines():
-            with contextlib.suppress(ValueError, TypeError, LookupError):
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
+        kept = [line for line in json_lines(path) if fits(line, {"step": int})]
+        kept = [json.dumps(line) + "\n" for line in kept if line["step"] <= step]
         self.log_file.close()
         save_atomic("".join(kept), path, write_text)
         self.log_file = open(path, "a")
@@ -1670,7 +1651,11 @@ class Run:
     def report(self, step, metrics):
         """Logs an evaluation, and says it in a line that a person reads."""
         precision = {"off": "float32"}.get(self.machine.amp, self.machine.amp)
-        protocol = f"{metrics.get('protocol', '')}; trained in {precision}".lstrip("; ")
+        measured = metrics.get("protocol", "")
+        if measured != self.protocol:
+            self.best = None
+        self.protocol = measured
+        protocol = f"{measured}; trained in {precision}".lstrip("; ")
         self.log(step, steps=self.steps, **metrics | {"protocol": protocol})
         for name in ("samples", "recon") if self.board else ():
             path = self.folder / f"{name}/{step:06d}.png"
@@ -1716,7 +1701,8 @@ class Run:
         if self.main:
             state = dict(
                 file=self.file, settings=dataclasses.asdict(self.settings), step=step,
-                best=self.best, data=self.data, channels=self.batches.dataset.channels,
+                best=self.best, protocol=self.protocol, data=self.data,
+                channels=self.batches.dataset.channels,
                 weights=self.model.state_dict(), optimisers=optimisers, random=every,
                 scaler=self.machine.scaler.state_dict(), batches=self.batches.state_dict(),
                 losses=[dict(step=at, name=k, value=v.item()) for at, k, v in self.losses])
@@ -1789,13 +1775,11 @@ def run_table(argv, file, tables, main):
 def table_on(table, dataset):
     """The table with its columns of this data set or, if it has none, with those of all metrics."""
     kept = [n for n, column in enumerate(table["columns"]) if column[1] == dataset]
-    if kept:
-        rows = {row: (flags, *(published[n] for n in kept))
-                for row, (flags, *published) in table["rows"].items()}
-        return table | dict(columns=[table["columns"][n] for n in kept], rows=rows)
     metrics = dict.fromkeys(metric for _, _, metric in table["columns"])
-    rows = {row: (cells[0], *[None] * len(metrics)) for row, cells in table["rows"].items()}
-    return table | dict(columns=[(m, dataset, m) for m in metrics], rows=rows)
+    columns = [table["columns"][n] for n in kept] or [(m, dataset, m) for m in metrics]
+    rows = {row: (flags, *([published[n] for n in kept] or [None] * len(columns)))
+            for row, (flags, *published) in table["rows"].items()}
+    return table | dict(columns=columns, rows=rows)
 
 
 def table_runs(file, table, seeds, flags, folder):
@@ -1809,17 +1793,18 @@ def table_runs(file, table, seeds, flags, folder):
                 given = [*own.split(), "--dataset", dataset, *flags, "--seed", str(seed)]
                 runs.append(dict(row=row, dataset=dataset, seed=seed, flags=given,
                                  folder=folder / f"{name.strip('-')}-s{seed}",
-                                 command=" ".join(["python", f"{file}.py", *given])))
+                                 command=" ".join(["python", f"{file}.py", *given[:-1], "S"])))
     return runs
 
 
 def json_lines(path):
-    """The objects of a file of JSON lines; none if it cannot be read, or holds something else."""
-    try:
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-    except (OSError, ValueError):
-        return []
-    return lines if fits(lines, [dict]) else []
+    """The objects of a file of JSON lines; what is none, as a line torn by a kill, is left out."""
+    found = []
+    with contextlib.suppress(OSError):
+        for line in path.read_text(errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+    return [line for line in found if isinstance(line, dict)]
 
 
 def check_flags(runs):
@@ -1834,7 +1819,7 @@ def check_flags(runs):
 def is_finished(run, table):
     lines = json_lines(run["folder"] / "log.jsonl")
     probed = not table.get("probe") or (run["folder"] / f"probe-{table['probe']}.jsonl").exists()
-    return probed and any(line["step"] == line.get("steps") for line in lines)
+    return probed and any("steps" in line and line["steps"] == line.get("step") for line in lines)
 
 
 def train_runs(runs, here, table, main):
@@ -1880,7 +1865,10 @@ def table_text(name, table, runs, waiting):
                     cells[-1] += f" ({line['key']})"
                 if any(run["folder"] in waiting for run in mine):
                     cells[-1] += " (unfinished)"
-                lines.append(dict(table=name, row=row, metric=heading, published=value) | line)
+                same = line["key"] == metric  # else fcd, which is not what was published
+                named = heading if same else f"{heading} ({line['key']})"
+                lines.append(dict(table=name, row=row, metric=named,
+                                  published=value if same else None) | line)
         text.append(f"| {' | '.join(cells)} |")
     return lines, text
 
@@ -1904,12 +1892,13 @@ def measured(runs, metric, table, scale=1):
         if table.get("choose") == "min":
             chosen = min(done, key=lambda e: e[metric])
         elif table.get("choose") == "best":
-            score = next((k for k in ("fid", "fcd", "mse") if k in chosen), metric)
+            score = next((k for k in ("fid", "fcd", "kl", "mse") if k in chosen),
+                         metric)
             chosen = min((e for e in done if score in e), key=lambda e: e[score])
         values.append(scale * chosen[metric])
         seeds.append(run["seed"])
         about = json.loads((run["folder"] / "config.json").read_text())
-        command = run["command"].replace(f"--seed {run['seed']}", "--seed S")
+        command = run["command"]
         if table.get("probe"):
             command += f"; --resume RUN --probe {table['probe']}"
         line = dict(key=metric, command=command, step=chosen.get("step"),

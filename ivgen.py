@@ -1440,7 +1440,7 @@ def train(config, machine, folder, checkpoint=None):
                            run.rank, run.world)
     run.expect(train_set, test_set)
     steps = config.steps or math.ceil(config.epochs * batches.steps_per_epoch)
-    if checkpoint:
+    if checkpoint and not run.other_data:
         steps = max(steps, checkpoint["step"])
     eval_every = config.eval_every or max(1, min(10 * batches.steps_per_epoch, steps // 12))
     torch.manual_seed(config.seed)                              # all ranks build the same networks
@@ -1459,8 +1459,7 @@ def train(config, machine, folder, checkpoint=None):
     start = run.begin(model, batches, steps)
     if config.compile:
         data.compile_networks(model)
-    if start == 0:
-        run.save("last.pt", 0)                                  # resumable from any kill
+    run.save("last.pt", start)                                  # resumable from any kill
     result = {}
     title = f"{config.model}, {config.dataset}"
 

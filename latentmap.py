@@ -1313,7 +1313,7 @@ def evaluate(model, evaluator, folder, step, test, classes):
     began = time.time()
     points = model.config.kind == "points"
     first_phase = step <= model.map_from
-    with metrics.seeded(model.machine.device, 0):  # evaluations compare models, not draws
+    with data.random_state_kept(0):  # evaluations compare models, not draws
         (figures_of_points if points else figures_of_images)(model, folder, step, *test, classes)
         if points:
             result = evaluator(model)
@@ -1350,7 +1350,7 @@ def train(config, machine, folder, checkpoint=None):
                            run.rank, run.world)
     run.expect(train_set, test_set)
     steps = config.steps or math.ceil(config.epochs * batches.steps_per_epoch)
-    if checkpoint:
+    if checkpoint and not run.other_data:
         steps = max(steps, checkpoint["step"])
     eval_every = config.eval_every or math.ceil(steps / 12)
     torch.manual_seed(config.seed)  # all ranks build the same networks
@@ -1358,14 +1358,16 @@ def train(config, machine, folder, checkpoint=None):
     evaluator = make_evaluator(config, machine, train_set, test_set) if run.main else None
     shown = 5000 if config.kind == "points" else 2000
     test = next(data.ordered(test_set, shown, shown, "cpu", config.size))
+    boundary = model.map_from
     start = run.begin(model, batches, steps)
+    if run.other_data:  # this is a new run, of a length of its own
+        model.map_from = boundary
     if start < steps <= model.map_from and checkpoint:  # a resumed run keeps its own boundary
         raise UserError(f"--steps {steps} ends within the first phase, and g would stay untrained: "
                         f"this run needs more than {model.map_from}")
     if config.compile:
         data.compile_networks(model)
-    if start == 0:
-        run.save("last.pt", 0)  # resumable from any kill
+    run.save("last.pt", start)  # resumable from any kill
     result = {}
 
     # Train: a batch, a step; now and then a line of the log, an evaluation, a checkpoint.

@@ -56,10 +56,10 @@ with suppress(ImportError):  # Windows has none
     import resource
 try:
     from data import (  # noqa: I001
-        SUFFIXES, Dataset, NotFinite, Parser, UserError, cache_dir, compile_networks, find_pictures,
-        fingerprint, first_line, fits, hardware, json_lines, load, multiplies_bf16, oblique,
-        ordered, read_pictures, read_saved, run_command, save_atomic, say_passed, to_float,
-        to_uint8, whole_name, write_text)
+        Dataset, NotFinite, Parser, UserError, cache_dir, compile_networks, fingerprint,
+        first_line, fits, hardware, json_lines, load, multiplies_bf16, oblique, ordered,
+        pictures_of, random_state_kept, read_pictures, read_saved, run_command, save_atomic,
+        to_float, to_uint8, whole_name, write_text)
 except ImportError as error:
     if __name__ != "__main__":
         raise
@@ -262,7 +262,7 @@ def inception_default(asked, paper_has_fid, device, samples=50_000):
         return None if asked == "off" else asked
     if torch.device(device).type == "cuda":
         try:
-            load_inception("auto")
+            inception_state("auto")
             return "auto"
         except UserError as error:
             why = f"FID is not measured, but where there are labels fcd is: {error}"
@@ -338,14 +338,13 @@ class InceptionFeatures:
     dim = 2048
 
     def __init__(self, weights="auto", device="cpu", flavour="pytorch-fid", amp=None):
-        if flavour not in ("pytorch-fid", "tf") or amp not in (None, "off", "bf16"):
+        if flavour not in ("pytorch-fid", "tf") or amp not in (None, "bf16"):
             raise UserError(f"Inception features have no flavour {flavour} with amp {amp}")
         self.net = weights and load_inception(weights).to(device)  # None: statistics alone
         self.device = torch.device(device)
         self.flavour = flavour
-        self.amp = "bf16" if amp == "bf16" else None
-        amp = ", bf16" if self.amp else ""
-        self.name = f"2015 Inception features (d=2048, {flavour} flavour{amp})"
+        self.amp = amp
+        self.name = f"2015 Inception features (d=2048, {flavour} flavour{', bf16' if amp else ''})"
         self.key = {"features": "inception", "sha256": INCEPTION_SHA256, "flavour": flavour,
                     "amp": self.amp}
 
@@ -371,7 +370,7 @@ def as_tensor(x):
 
 
 def finite(x, what):
-    """x itself. NotFinite for NaN, infinity, and numbers beyond 1e75: their squares overflow."""
+    """x itself. NotFinite for NaN, infinity, and beyond 1e75: covariances' products overflow."""
     least, most = x.detach().aminmax()  # one pass, and no mask as large as x
     if not max(-least, most) < 1e75:
         raise NotFinite(f"{what} must be finite, but some are NaN or infinite")
@@ -512,7 +511,10 @@ def cached(folder, kind, key, build, use):
     if path.exists():
         print(f"{path} is damaged or out of date: rebuilding it", file=sys.stderr)
     saved = {"key": text, **build()}
-    save_atomic(saved, path)
+    try:
+        save_atomic(saved, path)
+    except UserError as error:
+        print(f"{error}: it will be made again next time", file=sys.stderr)
     return use(saved)
 
 
@@ -555,6 +557,9 @@ def frechet_distance(mu1, cov1, mu2, cov2):
     if mu1.shape != (d,) or mu2.shape != (d,) or cov1.shape != (d, d) or cov2.shape != (d, d):
         raise ValueError("means must be (d,) and covariances (d, d), with one d for all")
     finite(torch.cat([mu1[None], mu2[None], cov1, cov2]), "means and covariances")
+    for cov in (cov1, cov2):
+        if ((cov - cov.T).abs() > 1e-3 * cov.abs().max()).any():
+            raise ValueError("covariances must be symmetric")
     if torch.equal(mu1, mu2) and torch.equal(cov1, cov2):
         check_semidefinite(cov1)
         return 0.0  # exactly: rounding would leave some 1e-10
@@ -564,9 +569,7 @@ def frechet_distance(mu1, cov1, mu2, cov2):
 
 
 def check_semidefinite(cov):
-    """ValueError for asymmetry and for negative eigenvalues beyond rounding, 1e-3 of its scale."""
-    if ((cov - cov.T).abs() > 1e-3 * cov.abs().max()).any():
-        raise ValueError("covariances must be symmetric")
+    """ValueError for negative eigenvalues beyond rounding, 1e-3 of the scale."""
     shifted = cov.clone()
     shifted.diagonal().add_(1e-3 * cov.diagonal().abs().max())
     if torch.linalg.cholesky_ex(shifted).info and cov.any():
@@ -845,14 +848,6 @@ def distort(x, degrees, pixels, plain):
     return F.grid_sample(x + 1, grid, align_corners=False) - 1
 
 
-@contextmanager
-def seeded(device, seed):
-    """Random numbers start from `seed` in here; afterwards the caller's go on undisturbed."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
-
-
 def train_classifier(dataset, classes, recipe, device):
     """A recipe's network, trained on a data.Dataset; bf16 where the hardware multiplies it."""
     li = recipe.get("network") == LI["network"]
@@ -864,7 +859,8 @@ def train_classifier(dataset, classes, recipe, device):
     began = time.time()
     # The caller may be in no_grad, inference_mode, or an autocast whose cache keeps old weights.
     alone = torch.autocast(device.type, enabled=False, cache_enabled=False)
-    with seeded(device, recipe["seed"]), torch.inference_mode(False), torch.enable_grad(), alone:
+    kept = random_state_kept(recipe["seed"])
+    with kept, torch.inference_mode(False), torch.enable_grad(), alone:
         net = build_classifier(recipe, classes).to(device, memory_format=torch.channels_last)
         if li:
             fused = device.type in ("cpu", "cuda")
@@ -969,7 +965,7 @@ class Evaluator:
     """What training loops report of images, for a model given as two functions.
 
     train, test: data.Dataset of images. size: the model's pixels. samples: how many are drawn.
-    inception: None (no fid), "auto" or a path of the weights; amp: the precision of its features.
+    inception: None (no fid), "auto" or a path of the weights.
     Labelled sets get a classifier, and with it fcd, is, ...; li: Li et al.'s too. They are
     trained once and, as all statistics, cached under `root`. The reference is at most 10,000 real
     test images at `size`; that of fid is `fid_on_train` training images, or FID_ON_TRAIN's.
@@ -977,7 +973,7 @@ class Evaluator:
     """
 
     def __init__(self, train, test, size, device="cpu", root="data", samples=10_000, inception=None,
-                 batch=250, amp=None, fid_on_train=None, li=False):
+                 batch=250, fid_on_train=None, li=False):
         if train.x.dtype != torch.uint8:
             raise ValueError(f"an Evaluator is for images, and {train.name} holds points")
         if li and test.channels != LI["channels"]:
@@ -995,7 +991,7 @@ class Evaluator:
             raise UserError(f"an evaluation needs {least} samples and test images, not {samples} "
                             f"and {self.count}")
         # Inception comes first: its weights may be missing, and a classifier takes a minute.
-        self.extractors = [InceptionFeatures(inception, device, amp=amp)] if inception else []
+        self.extractors = [InceptionFeatures(inception, device)] if inception else []
         self.classifier = None
         if labelled:
             self.present = train.y.unique()  # labels without a picture have no share
@@ -1049,7 +1045,7 @@ class Evaluator:
         """
         result = {}
         protocol = []
-        with seeded(self.device, SEED):
+        with random_state_kept(SEED):
             if sample:
                 result, protocol = self._score(sample)
             if reconstruct:
@@ -1285,19 +1281,26 @@ def machine_rates(machine, seconds=0.3):
 
     What a step's own rate can be compared with: 64 images of 64 channels at 32 x 32, and 1024^3.
     """
-    x = torch.randn(64, 64, 32, 32, device=machine.device).to(memory_format=torch.channels_last)
-    w = torch.randn(64, 64, 3, 3, device=machine.device).to(memory_format=torch.channels_last)
-    a = torch.randn(1024, 1024, device=machine.device)
+    cuda = machine.device.type == "cuda"
+    each = 50 if cuda else 1  # to wait after each call would be most of a GPU's time
+    options = dict(device=machine.device, dtype=machine.dtype or torch.float32)
+    x = torch.randn(64, 64, 32, 32, **options).to(memory_format=torch.channels_last)
+    w = torch.randn(64, 64, 3, 3, **options).to(memory_format=torch.channels_last)
+    a = torch.randn(1024, 1024, **options)
+
+    def run(work):
+        for _ in range(each):
+            work()
+        if cuda:
+            torch.cuda.synchronize()
 
     def rate(work, flops):
+        run(work)  # not timed: it chooses its algorithm
         n = 0
         began = time.perf_counter()
-        with torch.no_grad(), machine.autocast():
-            while n < 3 or time.perf_counter() - began < seconds:
-                work()
-                n += 1
-                if machine.device.type == "cuda":
-                    torch.cuda.synchronize()
+        while n < 3 or time.perf_counter() - began < seconds:
+            run(work)
+            n += each
         return n * flops / (time.perf_counter() - began) / 1e12
 
     conv = rate(lambda: F.conv2d(x, w, padding=1), 2 * 64 * 32 * 32 * 64 * 64 * 9)
@@ -1404,11 +1407,7 @@ def open_folder(folder, args):
                         f"--resume {folder}, and give {folder / 'drawn'}")
     if any(entry.is_dir() and entry.name.lower() == "train" for entry in folder.iterdir()):
         raise UserError(f"{folder} has a training set: say {folder}:train or {folder}:test")
-    passed = []
-    files = find_pictures(folder, passed)
-    if not files:
-        raise UserError(f"{folder} holds no pictures ({', '.join(SUFFIXES)})")
-    say_passed(folder, passed)
+    files = pictures_of(folder)
     # In a seeded order --n is a fair sample, and the splits of the inception score are mixed.
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(SEED))
     files = [files[i] for i in order[: args.n].tolist()]

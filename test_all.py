@@ -66,20 +66,17 @@ def settings_from(module, *flags):
     return data.parse(flags, module.FILE, module.__doc__, module.preset)[1]
 
 
-def folder_of_pictures(path, n=96, size=32):
-    """n unlabelled pictures of random blobs: a set without classifier, so its runs take seconds."""
-    path.mkdir(parents=True, exist_ok=True)
-    generator = torch.Generator().manual_seed(0)
-    for i in range(n):
-        coarse = torch.rand(1, 3, 4, 4, generator=generator)
-        fine = F.interpolate(coarse, (size, size), mode="bilinear")
-        torchvision.utils.save_image(fine, path / f"{i:03d}.png")
-    return path
-
-
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
-    return folder_of_pictures(tmp_path_factory.mktemp("pictures") / "blobs")
+    """A folder of 96 unlabelled pictures of random blobs: without classifier, runs take seconds."""
+    path = tmp_path_factory.mktemp("pictures") / "blobs"
+    path.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for i in range(96):
+        coarse = torch.rand(1, 3, 4, 4, generator=generator)
+        fine = F.interpolate(coarse, (32, 32), mode="bilinear")
+        torchvision.utils.save_image(fine, path / f"{i:03d}.png")
+    return path
 
 
 def quick(module, dataset, root, *more):
@@ -116,17 +113,6 @@ def who_moved(net, step):
     before = dict(copy.deepcopy(net).named_children())
     step()
     return {name for name, network in net.named_children() if not alike(network, before[name])}
-
-
-def assert_no_side_effects(net, x):
-    """Inference leaves weights, statistics, mode and random numbers; no item depends on others."""
-    before = copy.deepcopy(net.state_dict())
-    random = torch.get_rng_state()
-    alone = torch.cat([net.decode(net.encode(item[None])) for item in x])
-    torch.testing.assert_close(net.decode(net.encode(x)), alone, rtol=1e-4, atol=1e-5)
-    assert torch.equal(random, torch.get_rng_state())
-    assert net.sample(5).shape == (5, *x.shape[1:]) and not net.encode(x).requires_grad
-    assert net.training and all(torch.equal(before[k], v) for k, v in net.state_dict().items())
 
 
 # ==================================================================================================
@@ -368,9 +354,7 @@ def test_splines_go_through_their_points():
 
 def test_glyphs_use_all_their_segments():
     points, ends, _ = data._glyph_tables()
-    digits = [digit for digit, _ in data.GLYPHS]
-    assert digits == sorted(digits)  # draw_digits looks them up by position.
-    assert set(digits) == set(range(10))
+    assert [digit for digit, _ in data.GLYPHS] == sorted([*range(10)] * 2)  # so draw_digits counts
     first, second = (ends @ points).view(len(points), 2, data.SEGMENTS, 2).unbind(1)
     length = (second - first).norm(dim=2)
     assert length.min() > 0 and (length / 5).max() < 1.6  # pixels: 20 are the box of 100
@@ -605,6 +589,9 @@ def test_train_and_test_number_their_classes_alike(tmp_path):
     train, test = data.load_pair(zoo, tmp_path / "root")
     assert train.y.tolist() == [0, 0, 1, 1, 2, 2] and train.split == "train"
     assert test.y.tolist() == [2, 2, 2] and test.classes == 3 and test.split == "test"
+    (zoo / "test").rename(zoo / "Valid")
+    assert data.load(zoo, tmp_path / "root", split="test").y.tolist() == [2, 2, 2]
+    (zoo / "Valid").rename(zoo / "test")
     save_pictures(zoo / "test" / "dog", 1)
     with refuses("test/dog has pictures of its own, but .*dog has none"):
         data.load(zoo, tmp_path / "root", split="test")
@@ -940,19 +927,6 @@ def test_the_command_line_refuses_in_one_sentence(flags, says, tmp_path, monkeyp
     assert out == "" and says in err and len(err.splitlines()) == 1
 
 
-SHARED = Path(data.__file__).resolve().parent.parent / "shared" / "data"
-
-
-@pytest.mark.skipif(not (SHARED / "MNIST").is_dir(), reason="MNIST is not beside the repository")
-def test_the_genuine_mnist():
-    train, test = data.load_pair("mnist", SHARED)
-    assert train.x.shape == (60_000, 1, 28, 28) and test.x.shape == (10_000, 1, 28, 28)
-    counts = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
-    assert train.y.bincount().tolist() == counts
-    # This is the mean that every MNIST example prints.
-    assert abs(train.x.float().mean().item() / 255 - 0.1307) < 1e-4
-
-
 # ==================================================================================================
 # metrics.py
 # ==================================================================================================
@@ -982,11 +956,6 @@ def test_frechet_distance_has_its_closed_forms():
     assert frechet(mu1, cov, mu2, other) == pytest.approx(frechet(mu2, other, mu1, cov), rel=1e-12)
     assert frechet(0.0, 4.0, 3.0, 1.0) == pytest.approx(9 + 1)  # plain numbers, in float64
     assert frechet(0.1, 1.0, [0.3], [[1.0]]) == pytest.approx(0.04, rel=1e-14)
-    # In one dimension W2 squared is the integral over u of (F1^-1(u) - F2^-1(u))^2.
-    u = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
-    quantile = math.sqrt(2) * torch.erfinv(2 * u - 1)
-    integral = ((0.3 + 2.0 * quantile) - (-1.0 + 0.5 * quantile)).square().mean().item()
-    assert frechet(0.3, 4.0, -1.0, 0.25) == pytest.approx(integral, rel=1e-4)
 
 
 @pytest.mark.parametrize("rank", [8, 3, 1])
@@ -1044,13 +1013,6 @@ def test_kernel_distance_equals_a_double_loop_and_is_unbiased():
     assert std is None
     mean, std = metrics.kernel_distance(x, y, 2, 6)
     assert std == pytest.approx(abs(first - mean)) and std > 1e-3  # ddof 0
-    f = normal(4000, 4)  # unbiased
-    pairs = zip(f[:2000].split(10), f[2000:].split(10))
-    values = torch.tensor([metrics.kernel_distance(a, b, 1, 10)[0] for a, b in pairs])
-    error = values.std() / math.sqrt(len(values))
-    assert values.mean().abs() < 4 * error and values.min() < 0 < values.max()
-    with_diagonals = (f.square().sum(1) / 4 + 1).pow(3).mean() / 10 * 2
-    assert with_diagonals > 8 * error
 
 
 def test_inception_score_of_known_distributions():
@@ -1144,6 +1106,7 @@ LABELS = (torch.tensor([-1]), torch.tensor([1000]), torch.zeros(2), torch.zeros(
     ("frechet_distance", (ZERO[0], EYE, ZERO[0], EYE * math.nan), "finite"),
     ("frechet_distance", (ZERO[0].double(), EYE, ZERO[0], EYE.double() * 1e80), "finite"),
     ("frechet_distance", (ZERO[0], EYE, ZERO[0], EYE + SKEW), "symmetric"),
+    ("frechet_distance", (ZERO[0], EYE + SKEW, ZERO[0], EYE), "symmetric"),
     *(("frechet_distance", (ZERO[0], a, ZERO[0], b), "semidefinite") for a, b in PAIRS),
     ("frechet_distance_features", (ZERO[:1], ZERO), "at least 2"),
     ("frechet_distance_features", (ZERO, torch.zeros(5, 4)), "dimensions"),
@@ -1190,7 +1153,7 @@ def test_moments_are_those_of_torch_whatever_the_order_and_the_batches():
     assert moments.n == 301
 
 
-def test_cache_is_reused_and_a_damaged_or_stale_file_is_rebuilt(tmp_path, capsys):
+def test_cache_is_reused_and_a_damaged_or_stale_file_is_rebuilt(tmp_path, capsys, monkeypatch):
     def cached(a):
         return metrics.cached(tmp_path, "kind", {"a": a}, build, use)
 
@@ -1218,6 +1181,8 @@ def test_cache_is_reused_and_a_damaged_or_stale_file_is_rebuilt(tmp_path, capsys
         assert torch.equal(cached(1)["values"], torch.arange(1000.0)) and len(built) == n
         assert "rebuilding" in capsys.readouterr().err and torch.load(path)["n"] == n
     assert not list(tmp_path.glob("*.tmp"))
+    monkeypatch.setattr(torch, "save", lambda *_: open("/dev/full", "w").write("x" * 10**5))
+    assert cached(3)["n"] == 8 and "made again next time" in capsys.readouterr().err
 
 
 def test_statistics_of_another_count_or_network_are_others(tmp_path):
@@ -2084,24 +2049,14 @@ def test_fp16_scales_the_losses_and_steps_an_optimiser_more_than_once():
     assert not any(alike(getattr(net, n), getattr(before, n)) for n in "DGE")
 
 
-def block(z, i, t, noise):
-    return ivgen.block_substitute(z, torch.full((len(z),), i % t), t, noise)
-
-
-@pytest.mark.parametrize("substitute", [block, ivgen.prefix_substitute, ivgen.radial_substitute])
-def test_interventions_keep_the_prior(substitute):
-    """Definition 1 of both papers: N(0, I) gives N(0, I). The bridges run from code to prior."""
-    z = torch.randn(40_000, 12)
-    noise = torch.randn(40_000, 12)
+def test_bridges_run_from_code_to_prior():
+    z, noise = torch.randn(2, 100, 12)
     for k in range(5):
-        out = substitute(z, k, 4, noise)
-        assert out.mean(0).abs().max() < .03
-        assert (torch.cov(out.T) - torch.eye(12)).abs().max() < .04
-        if substitute is ivgen.prefix_substitute:       # blocks are replaced from the first on
-            assert torch.equal(out, torch.cat([noise[:, :3 * k], z[:, 3 * k:]], 1))
-        elif substitute is ivgen.radial_substitute:
-            near(out, z * math.cos(k * math.pi / 8) + noise * math.sin(k * math.pi / 8))
-    if substitute is not block:
+        prefix = torch.cat([noise[:, :3 * k], z[:, 3 * k:]], 1)     # blocks from the first on
+        assert torch.equal(ivgen.prefix_substitute(z, k, 4, noise), prefix)
+        angle = k * math.pi / 8
+        near(ivgen.radial_substitute(z, k, 4, noise), z * math.cos(angle) + noise * math.sin(angle))
+    for substitute in (ivgen.prefix_substitute, ivgen.radial_substitute):
         assert torch.equal(substitute(z, 0, 4, noise), z)
         assert torch.equal(substitute(z, 4, 4, noise), noise)
         for k in (-1, 5):
@@ -2164,19 +2119,11 @@ def test_gradient_penalty_between_real_and_generated():
     near(penalty.detach(), (x.norm(dim=1) - 1).square().mean())
 
 
-def test_the_best_classifier_and_its_loss():
-    """Theorem 3 (of IVAAE: 2): f_i = p_i / sum_j p_j, and the loss is log k - JS(p_1..p_k)."""
-    k = 4
-    p = torch.randn(k, 7, dtype=torch.double).softmax(1)
-    logits = (p / p.sum(0)).log().requires_grad_()                              # Eq. (4)
-    loss = -(p * logits.log_softmax(0)).sum() / k                               # Eq. (3), exact
-    gradient, = torch.autograd.grad(loss, logits)
-    assert gradient.abs().max() < 1e-12                 # Eq. (3) is convex: the minimum
-    assert abs(loss - (math.log(k) - ivgen.multi_js(p))) < 1e-12                # Eq. (5)
-    half = p[:2].mean(0)                                # for two, Eq. (2) is a GAN's JS
-    two = ((p[0] * (p[0] / half).log()).sum() + (p[1] * (p[1] / half).log()).sum()) / 2
-    assert abs(ivgen.multi_js(p[:2]) - two) < 1e-12
-    assert abs(ivgen.multi_js(p[[0, 0, 0]])) < 1e-12
+def test_multi_js_is_in_the_best_classifiers_loss():
+    """Theorem 3 (of IVAAE: 2): at f_i = p_i / sum_j p_j the loss is log k - JS(p_1..p_k)."""
+    p = torch.randn(4, 7, dtype=torch.double).softmax(1)
+    loss = -(p * (p / p.sum(0)).log()).sum() / 4                                # Eqs. (3), (4)
+    assert abs(loss - (math.log(4) - ivgen.multi_js(p))) < 1e-12                # Eq. (5)
     assert abs(ivgen.multi_js(torch.eye(4).double()) - math.log(4)) < 1e-12
     assert abs(ivgen.multi_js(p[:2], torch.tensor([1., 0.]).double())) < 1e-12
 
@@ -2243,15 +2190,10 @@ def test_ivgens_networks_are_the_tables():
     d = ivgen.Discriminator(ivgen.convolutions(c, 3, "table1"), 4)
     assert abs(d.trunk[6].weight.std() - .02) < 1e-3 and d.real.bias.item() == 0    # DCGAN's
     assert abs(d.trunk[7].weight.mean() - 1) < .01
-    for model, dataset, size in (("ivlsgan", "mnist", 32), ("ivlsgan", "cifar10", 64),
-                                 ("mrgan", "cifar10", 128), ("aae", "mnist", 32),
-                                 ("ivaae-bw", "cifar10", 64)):
-        config = dataclasses.replace(ivgen.preset(model, dataset), size=size, width=4, latent=8)
-        net = ivgen.build(config, channels=2)
-        x = net.sample(2)
-        assert x.shape == (2, 2, size, size) and x.abs().max() <= 1
-        assert net.encode(x).shape == (2, 8)
-    assert net.judge([torch.zeros(3, 8)]).shape == (1, 3, 5)
+    config = dataclasses.replace(ivgen.preset("mrgan", "cifar10"), size=128, width=4, latent=8)
+    net = ivgen.build(config, channels=2)               # of one stage more
+    x = net.sample(2)
+    assert x.shape == (2, 2, 128, 128) and net.encode(x).shape == (2, 8)
 
 
 IV_ROUTES = [("dcgan", {}), ("lsgan", {}), ("wgan-gp", {}), ("mrgan", {}), ("ivdcgan", {}),
@@ -2405,19 +2347,6 @@ def test_wgan_moves_g_every_fifth_step(name):
     assert (largest < .010001) == (name == "wgan") and ("d_gp" in losses) == (name == "wgan-gp")
 
 
-@pytest.mark.parametrize("model", ivgen.IVGAN_MODELS)
-def test_every_system_has_pacgans_networks(model):
-    config = ivgen.preset(model, "stacked-mnist", "pacgan")
-    config = dataclasses.replace(config, width=4, latent=8, steps_of_d=1)
-    config.check()
-    net = ivgen.build(config)
-    x = net.sample(8)
-    before = copy.deepcopy(net)
-    net.step(x)
-    assert x.shape == (8, 3, 28, 28) and not alike(net.G, before.G) and not alike(net.D, before.D)
-    assert net.E is None or net.encode(x).shape == (8, 8)
-
-
 def test_the_prior_of_pacgan_is_uniform(tmp_path, monkeypatch):
     """D21. The pictures of a run are of fixed codes, and these of the prior as well."""
     net, x = small_iv("pacdcgan")
@@ -2468,62 +2397,52 @@ def test_packing_widens_ds_first_layer_alone_and_at_1_is_dcgan():
     assert alike(net.D, other.D) and alike(net.G, other.G) and not alike(net.G, start.G)
 
 
-def doubled_unrolled(k):
-    """An UnrolledGAN in float64 after two steps, a batch and generated images for it."""
-    net, x = small_iv("unrolled", unroll=k, lr_d=.01)
-    for _ in range(2):                                  # Adam's moments are no longer 0
-        net.step(x)
-    net.double()
-    for state in net.optimiser_d.state.values():
-        state |= {name: state[name].double() for name in ("exp_avg", "exp_avg_sq")}
-    fake = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).double()
-    return net, x.double(), fake.requires_grad_()
+def adam_by_hand(optimiser, weights, loss, steps):
+    """The weights after so many of Adam's steps down loss(weights), as its paper has them."""
+    group = optimiser.param_groups[0]
+    beta1, beta2 = group["betas"]
+    state = [optimiser.state[p] for p in weights]
+    m = [s["exp_avg"] for s in state]
+    v = [s["exp_avg_sq"] for s in state]
+    done = int(state[0]["step"])
+    for t in range(done + 1, done + steps + 1):
+        gradients = torch.autograd.grad(loss(weights), weights, create_graph=True)
+        m = [beta1 * a + (1 - beta1) * g for a, g in zip(m, gradients)]
+        v = [beta2 * b + (1 - beta2) * g * g for b, g in zip(v, gradients)]
+        rate = group["lr"] * math.sqrt(1 - beta2 ** t) / (1 - beta1 ** t)
+        small = 1e-8 * math.sqrt(1 - beta2 ** t)
+        weights = [w - rate * a / (b.sqrt() + small) for w, a, b in zip(weights, m, v)]
+    return weights
 
 
 @pytest.mark.parametrize("k", [0, 1, 3])
 def test_unrolling_is_k_steps_of_adam_written_out(k, monkeypatch):
-    """Values and gradients by Adam as its paper has it; and by torch's own, and differences."""
+    """In value and in gradient; D itself stays. (aim.py's tests hold adam_by_hand to torch's.)"""
     monkeypatch.setattr(torch.Tensor, "float", lambda tensor: tensor)   # all stays float64
-    net, real, fake = doubled_unrolled(k)
+    net, x = small_iv("unrolled", unroll=k, lr_d=.01)
+    net.double().prior = lambda n: torch.randn(n, 8, dtype=torch.float64)
+    real = x.double()
+    for _ in range(2):                                  # Adam's moments are no longer 0
+        net.step(real)
+    fake = torch.randn_like(real).requires_grad_()
     before = copy.deepcopy(net.state_dict())
     loss = ivgen.adversarial_loss_g("dcgan", net.judge(net.look_ahead(real, fake), fake))
     gradient, = torch.autograd.grad(loss, fake)
     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
 
     D = copy.deepcopy(net.D)
-    names = [name for name, _ in D.named_parameters() if "block" not in name]
-    own = dict(net.D.named_parameters())
-    w = [own[name] for name in names]
-    m = [net.optimiser_d.state[p]["exp_avg"] for p in w]
-    v = [net.optimiser_d.state[p]["exp_avg_sq"] for p in w]
-    for t in range(3, 3 + k):
-        on_real, on_fake = (torch.func.functional_call(D, dict(zip(names, w)), images)[0]
-                            for images in (real, fake))
-        loss_d = -(on_real.sigmoid().log() + (1 - on_fake.sigmoid()).log()).mean() / 2
-        g = torch.autograd.grad(loss_d, w, create_graph=True)
-        m = [.5 * a + .5 * b for a, b in zip(m, g)]
-        v = [.99 * a + .01 * b * b for a, b in zip(v, g)]
-        rate = .01 * math.sqrt(1 - .99 ** t) / (1 - .5 ** t)
-        small = 1e-8 * math.sqrt(1 - .99 ** t)
-        w = [a - rate * b / (c.sqrt() + small) for a, b, c in zip(w, m, v)]
-    on_fake = torch.func.functional_call(D, dict(zip(names, w)), fake)[0]
-    naive = -on_fake.sigmoid().log().mean()
+    own = {name: p for name, p in net.D.named_parameters() if "block" not in name}
+
+    def judged(weights, images):
+        return torch.func.functional_call(D, dict(zip(own, weights)), images)[0].sigmoid()
+
+    def loss_d(weights):
+        return -(judged(weights, real).log() + (1 - judged(weights, fake)).log()).mean() / 2
+
+    ahead = adam_by_hand(net.optimiser_d, list(own.values()), loss_d, k)
+    naive = -judged(ahead, fake).log().mean()
     near(loss, naive, rtol=1e-9, atol=0)
     near(gradient, torch.autograd.grad(naive, fake)[0], rtol=1e-6, atol=1e-10)
-
-    def played(images):
-        """G's loss at a copy of D after k steps of torch's Adam."""
-        other = copy.deepcopy(net)
-        for _ in range(k):
-            loss_d = ivgen.adversarial_loss_d("dcgan", other.D(real)[0], other.D(images)[0])
-            other.machine.descend(other.optimiser_d, loss_d)
-        return ivgen.adversarial_loss_g("dcgan", other.D(images)[0]).item()
-
-    images = fake.detach()
-    direction = torch.randn_like(images)
-    assert loss.item() == pytest.approx(played(images), rel=1e-6)
-    slope = (played(images + 1e-6 * direction) - played(images - 1e-6 * direction)) / 2e-6
-    assert (gradient * direction).sum().item() == pytest.approx(slope, rel=1e-3)
 
 
 def test_unrolled_gan_moves_g_at_the_d_ahead_and_d_by_one_step():
@@ -2564,15 +2483,11 @@ def test_veegans_networks_descend_their_own_terms():
     assert_descends(net.E, rec, gradients)
     near(losses["rec"], rec.detach())
     near(losses["g_adv"], from_z.mean().detach())
-    code = torch.randn(4, 8)                            # the term is a normal density's
-    normal = torch.distributions.Normal(code, 1.).log_prob(2 * code).sum(1).mean()
-    near(ivgen.code_loss(2 * code, code), -normal)
 
 
 def test_e_steps_counts_es_updates():
     """D4: each on codes of the E that has moved."""
     net, x = small_iv(e_steps=10, lr_e=2e-3)
-    assert [o.param_groups[0]["lr"] for o in (net.optimiser_g, net.optimiser_e)] == [1e-3, 2e-3]
     codes = []
     net.E.register_forward_hook(lambda *call: codes.append(call[2].detach().clone()))
     net.step(x)
@@ -2646,16 +2561,6 @@ def test_running_statistics_are_of_what_they_normalise_later(tmp_path):
     assert len(seen[last]) == 3 and last.momentum == .1
 
 
-@pytest.mark.parametrize("changes", [{}, dict(model="ivaae-bw", network="conv", size=64, width=2)])
-def test_inference_of_both_parts_has_no_side_effects(changes):
-    net, x = small_iv(**changes)
-    net.step(x)
-    assert net.encode(x).shape == (8, 8)
-    assert_no_side_effects(net, x)
-    with pytest.raises(ValueError, match="dcgan has no encoder"):
-        small_iv("dcgan")[0].encode(x)
-
-
 def test_svgd_step_is_eq_2_and_its_fast_form():
     """Against the double loop, with the kernel's gradient taken by autograd."""
     z = torch.randn(7, 3, dtype=torch.double) + 1
@@ -2679,19 +2584,8 @@ def test_svgd_step_is_eq_2_and_its_fast_form():
     assert torch.autograd.gradcheck(lambda z: ivgen.svgd_step_fast(z, 1.7, .6), z)
 
 
-def test_svgd_keeps_the_prior_and_pulls_what_is_off_it():
+def test_svgds_bandwidth_and_its_fast_form_of_close_points():
     torch.manual_seed(0)
-    z = torch.randn(1500, 2)
-    h = ivgen.median_bandwidth(z, 1.)
-    assert (ivgen.svgd_step_fast(z, h) - z).norm(dim=1).mean() < .06
-    means = [2.]
-    shifted = z + 2
-    for _ in range(20):
-        shifted = ivgen.svgd_step_fast(shifted, h)
-        means.append(shifted.mean().item())
-    assert means[1:] == sorted(means[1:], reverse=True) and -.1 < means[-1] < 1.2
-    narrow = z * .2                                     # it is pushed apart
-    assert ivgen.svgd_step_fast(narrow, ivgen.median_bandwidth(narrow, 1.)).std() > narrow.std()
     three = torch.tensor([[0.], [1.], [5.]])            # distances 1, 4, 5
     assert ivgen.median_bandwidth(three) == pytest.approx(100 * 16 / math.log(3))
     for spread in (0., 1e-4, 1e-3, 1e-2):               # 2 / h goes up as points close in
@@ -2732,10 +2626,6 @@ def test_mmd_is_unbiased_and_equals_the_double_loop():
     naive += sum(kernel(b[i], b[j]) for i in range(6) for j in range(6) if i != j) / 30
     naive -= 2 * sum(kernel(p, q) for p in a for q in b) / 30
     near(metrics.mmd_imq(a, b), naive, rtol=1e-10, atol=0)
-    draws = [metrics.mmd_imq(torch.randn(8, 3), torch.randn(8, 3)) for _ in range(600)]
-    draws = torch.stack(draws)
-    assert draws.mean().abs() < 4 * draws.std() / math.sqrt(600) and draws.min() < 0
-    assert metrics.mmd_imq(torch.randn(64, 3) + 2, torch.randn(64, 3)) > .5
     assert torch.autograd.gradcheck(lambda a: metrics.mmd_imq(a, b), a.requires_grad_())
 
 
@@ -2835,15 +2725,6 @@ def test_a_run_on_fixed_triples(tmp_path, monkeypatch):
     assert cli(ivgen, "--resume", run, "--steps", 4, "--device", "cpu") == 0
 
 
-def test_only_the_flags_of_a_system_exist(capsys):
-    for model, flag in (("dcgan", "--k 4"), ("dcgan", "--t 2"), ("mrgan", "--k 4"),
-                        ("mrgan", "--e-sign code"), ("ivaae-bw", "--k 2"), ("aae", "--t 4"),
-                        ("dcgan", "--pack 2"), ("dcgan", "--unroll 1"), ("aae", "--triples 9")):
-        assert cli(ivgen, "--model", model, *flag.split()) == 2
-        said = capsys.readouterr().err
-        assert f"unrecognized arguments: {flag}; see --help" in said and said.count("\n") == 1
-
-
 def test_every_row_of_ivgens_tables_can_be_asked_for():
     models = {"WAE-MMD": "wae-mmd", "AAE": "aae", "AAE (WAE-GAN)": "aae", "IVAAE, radial":
               "ivaae-rad", "IVAAE, blockwise": "ivaae-bw", "IVAAE, SVGD": "ivaae-svgd",
@@ -2875,9 +2756,7 @@ def evaluated(net, folder, n=96):
     stripes = striped(n, labels=False)
     x, _ = next(data.ordered(stripes, 100, 100, size=net.config.size))
     evaluator = metrics.Evaluator(stripes, stripes, net.config.size, root=folder, samples=50)
-    random = torch.get_rng_state()
     result = ivgen.evaluate(net, evaluator, types.SimpleNamespace(folder=folder), 2, x, stripes)
-    assert torch.equal(random, torch.get_rng_state())
     return result, " ".join(sorted(path.stem for path in folder.rglob("*.png")))
 
 
@@ -2987,27 +2866,18 @@ def losses_of_step(net, x):
 
     The random numbers start anew: they are those of the step again when this returns.
     """
-    pairs = []
-    net.machine.descend_together = lambda *given: pairs.extend(given)
+    calls = []
+    net.machine.descend_together = lambda *pairs: calls.append(pairs)
     torch.manual_seed(5)
     net.step(x)
     del net.machine.descend_together
+    (pairs,) = calls  # D3: no network moves before both gradients are known
     assert [optimiser for optimiser, _ in pairs] == [net.optimiser_d, net.optimiser_g]
     torch.manual_seed(5)
     return [loss for _, loss in pairs]
 
 
 # ---- losses --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_posterior_nll_is_eq_8(kind, tolerance):
-    z, mu, log_var = torch.randn(3, 64, 5, dtype=kind).unbind()
-    expected = -torch.distributions.Normal(mu, (log_var / 2).exp()).log_prob(z).sum(1)
-    near = dict(rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(aim.posterior_nll(z, mu, log_var), expected, **near)
-    half_distance = (z - mu).square().sum(1) / 2 + 5 / 2 * math.log(2 * math.pi)  # AIM-: sigma = 1
-    torch.testing.assert_close(aim.posterior_nll(z, mu, 0 * z), half_distance, **near)
 
 
 def test_eq_8_at_its_least_is_the_posterior():
@@ -3233,26 +3103,6 @@ def test_initial_weights():
 # ---- what a step moves ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dataset", ["grid25", "mnist", "cifar10"])
-@pytest.mark.parametrize("model", aim.MODELS)
-def test_every_model_steps_and_answers_its_verbs(model, dataset):
-    net, x = small_aim(model, dataset)
-    losses = net.step(x)
-    cycle = dict.fromkeys(("alice", "alice-adv"), "d g cycle")
-    names = dict.fromkeys(("gan", "pacgan", "unrolled", "ali"), "d g") | cycle
-    assert list(losses) == names.get(model, "d g e").split()
-    assert all(value.isfinite() for value in losses.values())
-    z = torch.randn(8, net.latent)
-    assert net.decode(z).shape == x.shape and net.sample(5).shape == x[:5].shape
-    if net.E is None:
-        with pytest.raises(ValueError, match=f"{model} has no encoder"):
-            net.encode(x)
-    else:
-        assert net.encode(x).shape == z.shape and net.reconstruct(x).shape == x.shape
-        assert net.neighbours(x, 3).shape == (8, 3, *x.shape[1:])
-        assert_no_side_effects(net, x)
-
-
 @pytest.mark.parametrize("model", aim.MODELS)
 def test_each_optimiser_moves_its_own_networks_down_its_own_loss(model):
     """With the other one at rest: signs, and whom a step leaves alone (E reads D_feature)."""
@@ -3267,20 +3117,6 @@ def test_each_optimiser_moves_its_own_networks_down_its_own_loss(model):
             assert who_moved(net, functools.partial(net.step, x)) == set(networks.split())
             after = losses_of_step(net, x)[n]
         assert after < before - 1e-6
-
-
-def test_a_step_goes_against_both_gradients_of_one_forward():
-    """D3: those of L_d in D and of L_g + L_e in G and E, before either has moved."""
-    net, x = small_aim(std=.2)
-    expected = []
-    for optimiser, loss in zip((net.optimiser_d, net.optimiser_g), losses_of_step(net, x)):
-        own = optimiser.param_groups[0]["params"]
-        gradients = torch.autograd.grad(loss, own, retain_graph=True)
-        expected += zip(own, gradients, [p.detach().clone() for p in own])
-    net.step(x)
-    for p, gradient, before in expected:  # Adam's first step is -lr * sign(gradient)
-        big = gradient.abs() > 1e-5
-        assert torch.equal((p - before)[big].sign(), -gradient[big].sign())
 
 
 def test_without_lambda_e_rests_and_the_rest_is_the_gan():
@@ -3348,36 +3184,6 @@ def test_packs(dataset):
     assert not torch.equal(samples[0], samples[1])
 
 
-def naive_unroll(net, x, x_tilde, K):
-    """-L_d after K steps of D, number by number: two tanh layers and Adam, written out."""
-    def loss(weights):
-        w1, b1, w2, b2, w3, b3 = weights
-        logits = []
-        for batch in (x, x_tilde):
-            h = torch.tanh(torch.tanh(batch @ w1.T + b1) @ w2.T + b2)
-            logits.append((h @ w3.T + b3)[:, 0])
-        real, fake = (v.sigmoid() for v in logits)
-        return -real.log().mean() - (1 - fake).log().mean()
-
-    group = net.optimiser_d.param_groups[0]
-    beta1, beta2 = group["betas"]
-    weights = [p.detach().clone().requires_grad_() for p in net.features.parameters()]
-    state = [net.optimiser_d.state[p] for p in net.features.parameters()]
-    m = [s["exp_avg"].clone() for s in state]
-    v = [s["exp_avg_sq"].clone() for s in state]
-    t = state[0]["step"].item()
-    for _ in range(K):
-        t += 1
-        gradients = torch.autograd.grad(loss(weights), weights, create_graph=True)
-        for n, g in enumerate(gradients):
-            m[n] = beta1 * m[n] + (1 - beta1) * g
-            v[n] = beta2 * v[n] + (1 - beta2) * g ** 2
-            m_hat = m[n] / (1 - beta1 ** t)
-            v_hat = v[n] / (1 - beta2 ** t)
-            weights[n] = weights[n] - group["lr"] * m_hat / (v_hat ** .5 + 1e-8)
-    return -loss(weights)
-
-
 @pytest.mark.parametrize("K", [0, 1, 5])
 def test_unrolling_is_a_naive_unroll(K, monkeypatch):
     """In value, and in gradients, which flow through all K steps and their moments."""
@@ -3387,16 +3193,25 @@ def test_unrolling_is_a_naive_unroll(K, monkeypatch):
     net.double().prior = lambda n: torch.randn(n, 3, dtype=torch.float64)
     for _ in range(3):  # then Adam has moments
         net.step(x)
-    value = losses_of_step(net, x)[1]
-    naive = naive_unroll(net, x, net.G(net.prior(8)), K)
-    own = list(net.G.parameters())
+    value_d, value_g = losses_of_step(net, x)
+    x_tilde = net.G(net.prior(8))
+    D = nn.Sequential(net.features, net.critic)
+    names, weights = zip(*D.named_parameters())
+
+    def loss_d(weights):
+        rho_q, rho_p = (torch.func.functional_call(D, dict(zip(names, weights)), batch).sigmoid()
+                        for batch in (x, x_tilde))
+        return -rho_q.log().mean() - (1 - rho_p).log().mean()
+
+    naive = -loss_d(adam_by_hand(net.optimiser_d, weights, loss_d, K))
+    at_rest = loss_d(weights)
     close = functools.partial(torch.testing.assert_close, rtol=1e-9, atol=1e-9)
-    close(value, naive)
-    gradients = torch.autograd.grad(value, own)
-    close(gradients, torch.autograd.grad(naive, own))
-    torch.manual_seed(5)
-    at_rest = torch.autograd.grad(naive_unroll(net, x, net.G(net.prior(8)), 0), own)
-    moved_by = max((a - b).abs().max().item() for a, b in zip(gradients, at_rest))
+    close([value_d, value_g], [at_rest, naive])
+    own = list(net.G.parameters())
+    found, expected, still = (torch.autograd.grad(value, own, retain_graph=True)
+                              for value in (value_g, naive, -at_rest))
+    close(found, expected)
+    moved_by = max((a - b).abs().max().item() for a, b in zip(found, still))
     assert (moved_by < 1e-12) == (K == 0)
 
 
@@ -3423,19 +3238,6 @@ def test_adam_steps_over_a_weight_without_a_gradient():
     new, _ = aim.adam_step([torch.ones(2)], [g], [(zero, zero)], 1, .1, (.5, .999))
     gradient, = torch.autograd.grad(new[0].sum(), g)
     assert new[0].tolist() == pytest.approx([1, .9]) and gradient.isfinite().all()
-
-
-def test_without_unrolling_it_is_the_gan_up_to_gs_loss():
-    gan, x = small_aim("gan")
-    net, _ = small_aim("unrolled", unroll=0)
-    loss_d, loss_g = losses_of_step(net, x)
-    torch.testing.assert_close(loss_d, losses_of_step(gan, x)[0])
-    assert loss_g == -loss_d
-    for each in (gan, net):
-        each.optimiser_g.step = lambda *_, **__: None
-        torch.manual_seed(7)
-        each.step(x)
-    assert all(torch.equal(v, net.state_dict()[k]) for k, v in gan.state_dict().items())
 
 
 @pytest.mark.parametrize("dataset, authors", [("grid25", 0), ("grid25", 1), ("mnist", 0)])
@@ -3600,34 +3402,6 @@ def lm_small(model="latentmap", dataset="swissroll", map_from=None, authors=Fals
         net.map_from = map_from
     shape = (12, net.channels, size, size) if size else (12, net.channels)
     return net, torch.rand(shape, generator=torch.Generator().manual_seed(1)) * 2 - 1
-
-
-def lm_watch(net, x, see):
-    """One step on fixed noise in which see(name, optimiser, loss) stands for each descent."""
-    names = {id(value): name[10:] for name, value in data.optimisers_of(net).items()}
-
-    def descend_together(*pairs):
-        for optimiser, loss in pairs:
-            see(names[id(optimiser)], optimiser, loss)
-
-    net.machine.descend_together = descend_together
-    torch.manual_seed(7)
-    out = net.step(x)
-    del net.machine.descend_together
-    return out
-
-
-def lm_losses(net, x, only=None):
-    """{optimiser: the loss it was asked to lower} of one step, in which only `only` moves."""
-    seen = {}
-
-    def see(name, optimiser, loss):
-        seen[name] = loss.item()
-        if name == only:
-            latentmap.Machine.descend_together(net.machine, (optimiser, loss))
-
-    lm_watch(net, x, see)
-    return seen
 
 
 def lm_vectors(*shape, n=1, seed=0):
@@ -3809,14 +3583,22 @@ def test_what_each_optimiser_is_asked_to_lower(model, by_hand, settings, constan
         p.data *= 2                                     # at first all outputs are alike
     if hasattr(net, "D"):
         net.D.eval()                                    # so that spectral norms rest
+    names = {id(value): name[10:] for name, value in data.optimisers_of(net).items()}
     asked = []
 
     def gradients(name, loss):
         own = getattr(net, f"optimiser_{name}").param_groups[0]["params"]
         return torch.autograd.grad(loss, own, retain_graph=True, materialize_grads=True)
 
-    log = lm_watch(net, x, lambda name, _, loss: asked.append((name, loss, gradients(name, loss))))
-    assert {f"optimiser_{name}" for name, *_ in asked} == set(data.optimisers_of(net))
+    def descend_together(*pairs):
+        for optimiser, loss in pairs:
+            name = names[id(optimiser)]
+            asked.append((name, loss, gradients(name, loss)))
+
+    net.machine.descend_together = descend_together
+    torch.manual_seed(7)
+    log = net.step(x)
+    assert {name for name, *_ in asked} == set(names.values())
     torch.manual_seed(7)
     for name, loss in by_hand(net, x):
         if name.startswith("log "):
@@ -3826,13 +3608,6 @@ def test_what_each_optimiser_is_asked_to_lower(model, by_hand, settings, constan
             assert found == name
             torch.testing.assert_close(numbers, [loss, gradients(name, loss)], rtol=1e-3, atol=1e-5)
     assert not asked
-
-
-def test_mu_is_uniform_up_to_a_half():
-    net, x = lm_small()
-    mu = torch.stack([net.interpolations(x)[0] for _ in range(200)])
-    assert mu.shape == (200, 12) and 0 <= mu.min() < 0.01 and 0.49 < mu.max() <= 0.5
-    assert abs(mu.mean() - 0.25) < 0.02 and mu.std(1).min() > 0  # one for each item of a batch
 
 
 def test_eq_12_and_13_are_the_hinge():
@@ -3845,6 +3620,9 @@ def test_eq_12_and_13_are_the_hinge():
 
 def test_age_s_delta_of_collapsed_codes_is_finite():
     assert latentmap.kl_fit(torch.zeros(4, 2)).isfinite()
+
+
+# ---- geometry and evaluation ---------------------------------------------------------------------
 
 
 def test_proposition_2_by_example():
@@ -3863,9 +3641,6 @@ def test_proposition_2_by_example():
     assert np.diff(kl) == pytest.approx(math.log(10), rel=0.25) and kl[-1] > 6.9
 
 
-# ---- geometry and evaluation ---------------------------------------------------------------------
-
-
 def test_spearman_on_constructed_cases():
     v = torch.tensor([0.3, -1, 2, 8, 5])
     assert latentmap.spearman(v, v.exp()) == pytest.approx(1)
@@ -3874,7 +3649,6 @@ def test_spearman_on_constructed_cases():
     assert latentmap.spearman(v, other) == pytest.approx(1 - 6 * 6 / (5 * 24))
     assert latentmap.average_ranks(torch.tensor([5.0, 1, 5, 0, 5])).tolist() == [3, 1, 3, 0, 3]
     assert latentmap.spearman(v, torch.ones(5)) == 0
-    assert abs(latentmap.spearman(*lm_vectors(5000, n=2))) < 0.05
 
 
 def test_trustworthiness_is_the_double_loop():
@@ -3895,10 +3669,6 @@ def test_trustworthiness_is_the_double_loop():
         assert latentmap.trustworthiness(x, code, k) == pytest.approx(expected)
     assert latentmap.trustworthiness(x, 3 * x + 1) == 1
     assert latentmap.trustworthiness(x.view(30, 1, 2, 2), x) == 1
-    line = torch.tensor([[0.0], [1.0], [1.9], [3.0]])
-    folded = torch.tensor([[0.0], [5.0], [5.2], [0.1]])  # 0 and 3 become neighbours, both of rank 3
-    expected = 1 - 2 * (2 + 2) / (4 * 1 * (8 - 3 - 1))
-    assert latentmap.trustworthiness(line, folded, 1) == pytest.approx(expected)
     with pytest.raises(ValueError, match="fewer than half"):
         latentmap.trustworthiness(x, code, 15)
 
@@ -3917,13 +3687,6 @@ def test_distances_to_the_roll_and_along_it():
     along = (curve[1:] - curve[:-1]).norm(dim=1).cumsum(0)  # the polyline's own length
     arc = latentmap.unrolled(curve, unit)
     torch.testing.assert_close((arc[1:] - arc[0]).float()[:, 0], along, rtol=1e-3, atol=1e-4)
-
-    curve = latentmap.spiral(300)
-    arc = latentmap.unrolled(curve, unit).float()
-    unrolled = latentmap.geometry(curve, arc, unit)
-    flat = latentmap.geometry(curve, curve)
-    assert unrolled["rank_corr_arc"] > 0.999 and unrolled["rank_corr"] < 0.9
-    assert unrolled["trust"] > 0.99 and flat["rank_corr"] > 0.9999 and "rank_corr_arc" not in flat
 
 
 def test_the_roll_in_three_dimensions_is_sklearns():
@@ -4031,10 +3794,10 @@ def test_codes_are_shown_on_their_principal_axes(monkeypatch):
 
 
 @pytest.mark.parametrize("dataset", LM_NETWORKS)
-def test_an_evaluation_draws_the_papers_figures(dataset, tmp_path):
+def test_an_evaluation_of_the_first_phase_scores_no_samples(dataset, tmp_path):
+    """g is untrained there. (What pictures there are is a test of runs, below.)"""
     net, x = lm_small("latentmap", dataset, map_from=0)
-    x = torch.cat([x, -x, x])
-    labels = None if net.config.size else torch.arange(36) % 4
+    test = (torch.cat([x, -x, x]), None if net.config.size else torch.arange(36) % 4)
     for name in ("samples", "recon", "figures"):
         (tmp_path / name).mkdir()
     seen = []
@@ -4043,27 +3806,19 @@ def test_an_evaluation_draws_the_papers_figures(dataset, tmp_path):
         seen.append(functions)
         return {"mse": 0.1, "protocol": "of a test"}
 
-    rng = torch.get_rng_state()
-    result = latentmap.evaluate(net, evaluator, tmp_path, 7, (x, labels), 4)
-    assert torch.equal(rng, torch.get_rng_state())
-    assert {"mse", "latent_fd", "rank_corr", "trust", "eval_s"} <= set(result)
+    result = latentmap.evaluate(net, evaluator, tmp_path, 7, test, 4)
     assert "phase" not in result and "of a test; latent_fd: 36 codes" in result["protocol"]
-    names = {str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/*.png")}
-    both = {"samples/000007.png", "recon/000007.png", "figures/codes-000007.png"}
-    if net.config.size:
-        assert names == both | {"figures/interpolations-000007.png", "figures/real.png"}
-        with Image.open(tmp_path / "figures/interpolations-000007.png") as picture:
-            assert picture.size == (10 * (net.config.size + 1) + 1,) * 2
-        assert seen == [(net.sample, net.reconstruct)]
-    else:
-        assert names == both | {"figures/panels-000007.png"} and seen == [(net,)]
-
-    net.map_from = 7  # the last step of the first phase: g is untrained
-    result = latentmap.evaluate(net, evaluator, tmp_path, 7, (x, labels), 4)
+    net.map_from = 7  # the last step of the first phase
+    result = latentmap.evaluate(net, evaluator, tmp_path, 7, test, 4)
     assert result["phase"] == "autoencoder" and latentmap.score_of(result) is None
-    assert seen[1] == ((None, net.reconstruct) if net.config.size else (net,))
     assert latentmap.of_untrained_g("chamfer", result)
     assert not latentmap.of_untrained_g("mse", result)
+    if net.config.size:
+        assert seen == [(net.sample, net.reconstruct), (None, net.reconstruct)]
+        with Image.open(tmp_path / "figures/interpolations-000007.png") as picture:
+            assert picture.size == (10 * (net.config.size + 1) + 1,) * 2
+    else:
+        assert seen == [(net,), (net,)]
 
 
 # ---- settings ------------------------------------------------------------------------------------
@@ -4189,25 +3944,6 @@ def test_tables_name_systems_and_numbers_that_there_are():
 # ---- networks ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dataset", LM_NETWORKS)
-@pytest.mark.parametrize("model", [*latentmap.MODELS, *(f"{m} authors" for m in latentmap.AUTHORS)])
-def test_every_latentmap_model_steps_and_answers_its_verbs(model, dataset):
-    net, x = lm_small(model.split()[0], dataset, map_from=2, authors=model.endswith("authors"))
-    for _ in range(3):  # of LatentMap the third is in the second phase
-        losses = net.step(x).values()
-        assert all(v.isfinite() and v.dim() == 0 and not v.requires_grad for v in losses)
-    assert net.iteration == 3
-    d = net.config.latent
-    assert net.encode(x).shape == net.latents(x).shape == (12, d)
-    assert net.decode(torch.zeros(4, d)).shape == (4, *x.shape[1:])
-    assert net.sample(5).shape == x[:5].shape and net.reconstruct(x).shape == x.shape
-    assert net.generated_codes(net.prior(6)).shape == (6, d)
-    assert dataset == "swissroll" or net.sample(5).abs().max() <= 1
-    assert net.prior(5).shape == (5, d)
-
-    assert_no_side_effects(net, x)
-
-
 def test_64_pixel_networks_are_mimicrys():
     g = latentmap.decoder_64(128, 3, 64)
     assert g[0].weight.shape == (4 * 4 * 1024, 128) and g[1].unflattened_size == (1024, 4, 4)
@@ -4278,6 +4014,7 @@ def test_g_has_four_layers_and_a_last_bn():
     assert names[1] == [*names[0], "Tanh"] and roll.E[2].negative_slope == 0  # a ReLU
     assert [m.weight.shape for m in (roll.E[0], roll.E[3])] == [(400, 3), (4, 400)]
     assert isinstance(net.g[-1], nn.BatchNorm1d) and net.g[-1].weight is None
+    assert net.normalise.weight is None  # D3
     bare, _ = lm_small("latentmap-nobn")
     assert isinstance(bare.g[-1], nn.Linear) and isinstance(bare.normalise, nn.Identity)
 
@@ -4305,20 +4042,6 @@ def test_priors():
     assert net.encode(x).norm(dim=1).std() > 1e-3
 
 
-def test_eq_11_normalises_the_code():
-    net, x = lm_small(width=64)
-    code = net.code(x * 20)
-    assert code.mean(0).abs().max() < 1e-5
-    assert (code.var(0, unbiased=False) - 1).abs().max() < 0.01
-    for _ in range(5):
-        net.step(x * 1.5)
-    bn = net.normalise
-    with torch.no_grad():
-        expected = (net.E(x[:1]) - bn.running_mean) / (bn.running_var + bn.eps).sqrt()
-    torch.testing.assert_close(net.encode(x[:1]), expected)  # running statistics, not the batch's
-    assert bn.weight is None and net.training
-
-
 @pytest.mark.parametrize("model", ["latentmap", "vae", "alae"])
 def test_latentmap_keeps_its_losses_in_float32_under_autocast(model):
     config = latentmap.preset(model, "mnist")
@@ -4331,39 +4054,27 @@ def test_latentmap_keeps_its_losses_in_float32_under_autocast(model):
 
 # ---- who moves, and where ------------------------------------------------------------------------
 
-LATENT_MOVES = [  # model, the last step of the first phase, optimiser, networks it moves
-    ("latentmap", 10**9, "critic", "d"), ("latentmap", 10**9, "eg", "EG"),
-    ("latentmap", 0, "map_d", "D"), ("latentmap", 0, "map_g", "g"),
-    ("latentmap-nobn", 10**9, "eg", "EG"), ("latentmap-noreg", 0, "map_g", "g"),
-    ("vae", 0, "eg", "EG"), ("aae", 0, "eg", "EG"), ("aae", 0, "d", "D"), ("aae", 0, "e", "E"),
-    ("wae", 0, "eg", "EG"), ("introvae", 0, "e", "E"), ("introvae", 0, "g", "G"),
-    ("age", 0, "e", "E"), ("age", 0, "g", "G"), ("alae", 0, "ed", "ED"), ("alae", 0, "fg", "FG"),
-    ("alae", 0, "eg", "EG"),
-]
+HELD = {  # the networks that each optimiser holds
+    "latentmap": dict(critic="d", eg="EG", map_d="D", map_g="g"),
+    "latentmap-nobn": dict(eg="EG", map_d="D", map_g="g"),
+    "latentmap-noreg": dict(eg="EG", map_d="D", map_g="g"),
+    "vae": dict(eg="EG"), "vae authors": dict(eg="EG"), "wae": dict(eg="EG"),
+    "aae": dict(eg="EG", d="D", e="E"), "aae authors": dict(e="E", g="G", d="D"),
+    "introvae": dict(e="E", g="G"), "introvae authors": dict(e="E", g="G"),
+    "age": dict(e="E", g="G"), "age authors": dict(e="E", g="G"),
+    "alae": dict(ed="ED", fg="FG", eg="EG"), "alae authors": dict(ed="ED", fg="FG"),
+}
 
 
-@pytest.mark.parametrize("dataset", ["swissroll", "mnist"])
-@pytest.mark.parametrize(("model", "map_from", "name", "movers"), LATENT_MOVES)
-def test_each_loss_moves_its_own_networks_and_goes_down(model, map_from, name, movers, dataset):
-    net, x = lm_small(model, dataset, map_from, critic_steps=1, map_d_steps=1, lr=3e-4,
-                      width=32 if dataset == "swissroll" else 4)
-    for _ in range(5):
-        lm_losses(net, x)  # lets the spectral norms settle
-    start = lm_losses(net, x)[name]
-    assert who_moved(net, lambda: lm_losses(net, x, only=name)) == set(movers)
-    assert all(p.grad is None for p in net.parameters())
-    for _ in range(9):
-        lm_losses(net, x, only=name)
-    assert lm_losses(net, x)[name] < start - 1e-5
-
-
-@pytest.mark.parametrize(("model", "movers"), [
-    ("vae", "EG"), ("aae", "DEG"), ("introvae", "EG"), ("age", "EG"), ("alae", "DEFG")])
-def test_authors_optimisers_move_all_networks(model, movers):
-    net, x = lm_small(model, "mnist", authors=True, lr=1e-3)
-    before = copy.deepcopy(net.state_dict())
-    net.step(x)
-    assert lm_changed(net, before) == {*movers} | ({"shown"} if model == "alae" else set())
+@pytest.mark.parametrize("model", HELD)
+def test_each_optimiser_holds_its_own_networks(model):
+    net, _ = lm_small(model.split()[0], "mnist", authors=model.endswith("authors"))
+    optimisers = data.optimisers_of(net)
+    assert optimisers.keys() == {f"optimiser_{name}" for name in HELD[model]}
+    for name, networks in HELD[model].items():
+        group, = optimisers[f"optimiser_{name}"].param_groups
+        own = {id(p) for network in networks for p in getattr(net, network).parameters()}
+        assert {id(p) for p in group["params"]} == own
 
 
 def test_authors_alae_shows_running_means():
@@ -4405,16 +4116,6 @@ def test_the_two_phases_leave_each_others_networks_bit_for_bit(dataset):
     for _ in range(3):
         assert set(net.step(x)) == {"map_d", "map_g"}
     assert lm_changed(net, before) == {"D", "g"}
-
-
-def test_a_notebook_tells_latentmap_when_the_map_begins():
-    net, x = lm_small()
-    net.step(x)
-    net.map_from = net.iteration
-    assert set(net.step(x)) == {"map_d", "map_g"}
-    twin = lm_small()[0]
-    twin.load_state_dict(net.state_dict())  # a checkpoint has the boundary
-    assert twin.map_from == 1
 
 
 def test_ablations_are_latentmap_with_terms_off():
@@ -4640,7 +4341,7 @@ def test_a_new_run_takes_the_first_free_name(name, flags_of, tmp_path, monkeypat
 
     def train(config, machine, folder, checkpoint):
         folder.mkdir(parents=True)
-        (folder / "config.json").write_text("")
+        (folder / "config.json").write_text("{}")
 
     monkeypatch.setattr(module, "train", train)
     usual = f"runs/{module.FILE}-{name}-{dataset or 'blobs'}-s5"
@@ -4852,6 +4553,9 @@ def test_where_and_how_far_a_run_is_resumed(name, copied, fails, tmp_path, capsy
     fails("may go back behind its run's last step", module, "--resume", run / "best.pt")
     fails("holds something else; give a new folder", module, "--resume", run, *longer,
           copied(name, 5))
+    assert resume(name, run, "--out", new) == 0  # nothing is left to train
+    assert_same(saved(new)["weights"], saved(run)["weights"])
+    shutil.rmtree(new)
     assert resume(name, run / "best.pt", *longer, new) == 0  # a checkpoint may be named
     assert saved(new)["step"] == STEPS + 1 and (new / "best.pt").exists()
     assert saved(run)["step"] == STEPS
@@ -4882,7 +4586,7 @@ def test_evaluations_do_not_change_the_training(name, flags_of, finished, tmp_pa
         assert_same(saved(run)[part], saved(finished(name))[part], part)
 
 
-@for_each_file
+@pytest.mark.parametrize("name", ["aim", "latentmap"])
 def test_best_starts_anew_with_another_protocol(name, copied):
     """A score of 50 samples says nothing beside one of 60, and a best.pt may be gone."""
     run = copied(name)
@@ -4913,15 +4617,24 @@ def test_a_run_goes_on_with_its_data_and_another_folder_begins_anew(pictures, fl
     fails("--out NEW starts a new run from its weights", ivgen, "--resume", run, "--steps", 4)
     assert (run / "log.jsonl").read_bytes() == logged
     new = tmp_path / "new"
-    assert resume("ivlsgan", run, "--steps", 4, "--out", new) == 0
+    assert resume("ivlsgan", run, "--steps", 1, "--out", new) == 0
     assert "this is a new run, from step 0, that begins with its weights" in capsys.readouterr().err
-    assert (saved(new)["step"], saved(new)["batches"]) == (4, {"epoch": 0, "position": 4})
+    assert (saved(new)["step"], saved(new)["batches"]) == (1, {"epoch": 0, "position": 1})
     assert saved(new)["data"] != saved(run)["data"]
     assert resume("ivlsgan", new, "--steps", 5) == 0  # From now on these are its data.
     (folder / "one-more.png").unlink()
     folder.rename(tmp_path / "moved")
     assert resume("ivlsgan", run, "--steps", 4, "--dataset", tmp_path / "moved") == 0
     assert saved(run)["step"] == 4
+
+
+@for_each_file
+def test_a_new_run_on_other_data_has_its_own_length(name, finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "fingerprint", lambda *_: "other")
+    assert resume(name, finished(name), "--steps", 2, "--out", tmp_path / "new") == 0
+    assert [line["step"] for line in log_of(tmp_path / "new")] == [2, 2]  # losses, evaluation
+    if name == "latentmap":
+        assert saved(tmp_path / "new")["weights"]["_extra_state"] == 1  # the last of phase one
 
 
 def test_latentmap_does_not_sample_from_an_untrained_map(copied, fails):
@@ -4973,21 +4686,25 @@ def test_samples_and_fid_are_the_protocols(module, model, dataset, given, sample
 
 
 @for_each_file
-@pytest.mark.parametrize("what", ["loss", "weight", "buffer", "metric"])
+@pytest.mark.parametrize("what", ["loss", "interrupted", "weight", "buffer", "metric"])
 def test_a_number_that_is_not_finite_ends_the_run(name, what, flags_of, tmp_path, monkeypatch,
                                                   capsys):
-    """With exit code 3, step and name; the last good checkpoint stays."""
+    """With exit code 3, step and name; the last good checkpoint stays, after Ctrl-C as well."""
     module = RUNS[name][0]
     model = {ivgen: ivgen.IVGAN, aim: aim.AIM, latentmap: latentmap.LatentMap}[module]
     step = model.step
     evaluate = module.evaluate
-    sentence = {"loss": r"the loss '\w+' is nan", "metric": "'mse' is inf"}.get(what, "the weights")
+    sentence = {"weight": "the weights", "buffer": "the weights", "metric": "'mse' is inf"}
+    sentence = sentence.get(what, r"the loss '\w+' is nan")
+    at = 3 if what == "interrupted" else 4  # at 3 only the signal has it saved
 
     def bad_step(self, x):
         losses = step(self, x)
-        if self.iteration == 4 and what == "loss":
+        if self.iteration == at and what in ("loss", "interrupted"):
+            if what == "interrupted":
+                signal.raise_signal(signal.SIGINT)
             return {key: value * math.nan for key, value in losses.items()}
-        if self.iteration == 4:
+        if self.iteration == at:
             values = self.parameters() if what == "weight" else self.buffers()
             next(value for value in values if value.is_floating_point()).data.fill_(math.inf)
         return losses
@@ -5003,20 +4720,9 @@ def test_a_number_that_is_not_finite_ends_the_run(name, what, flags_of, tmp_path
     flags = flags_of(name, "--steps", 8, "--eval-every", 2, "--out", tmp_path / "run")
     assert cli(module, *flags) == 3
     said = capsys.readouterr().err.splitlines()[-1]
-    assert re.search(f": step 4: {sentence}.*; the last good checkpoint is .*/run/last.pt$", said)
+    end = "; the last good checkpoint is .*/run/last.pt$"
+    assert re.search(f": step {at}: {sentence}.*{end}", said)
     assert saved(tmp_path / "run")["step"] == 2
-
-
-def test_a_loss_that_is_not_finite_is_not_saved_on_the_way_out(flags_of, tmp_path, monkeypatch):
-    add = data.Run.add
-
-    def spoil(self, step, losses):
-        add(self, step, {name: value * math.nan for name, value in losses.items()})
-        self.signal = signal.SIGINT  # before the losses are logged
-
-    monkeypatch.setattr(data.Run, "add", spoil)
-    assert cli(aim, *flags_of("aim", "--steps", 8, "--out", tmp_path / "run")) == 3
-    assert saved(tmp_path / "run")["step"] == 0
 
 
 @pytest.mark.parametrize("name, model, lr, every", [
@@ -5081,27 +4787,24 @@ MISTAKES = {  # of every file, then of each
         "--sample 4": "--sample needs --resume RUN",
         "--resume RUN --sample 0": "--sample 0 is out of range",
         "--resume RUN --sample 2 --bench 2": "not allowed with argument",
-        "--resume=": "--resume is empty",
+        "--resume=": "argument --resume: expected one argument",
         "--resume /nowhere/run": "there is no checkpoint /nowhere/run",
         f"--resume {'x' * 300}": "too long",
         "--dataset gird25": "there is no dataset 'gird25', perhaps grid25 is meant",
         "--dataset /nowhere/pictures --bench 2": "there is no folder /nowhere/pictures",
-        "--device abacus": "--device abacus cannot be used here",
-        "--device meta": "--device meta cannot be used here",
-        "--device hpu": "--device hpu cannot be used here",
-        "--device meta:1": "--device meta:1 cannot be used here",
-        "--device mps": "--device mps cannot be used here",
-        "--width=--": "argument --width: expected one argument",
+        **{f"--device {name}": f"--device {name} cannot be used here"
+           for name in ("abacus", "meta", "hpu", "meta:1", "mps")},
         "--bench=--": "argument --bench: expected one argument",
         "--resume ~nobody-of-this-name/x": "there is no checkpoint ~nobody-of-this-name/x",
         "--resume RUN --seed 4": "the run has seed 0, not 4",
         "--out FILE/run": "cannot write to the run folder",
     },
     ivgen: {
-        "--model dcgan --mu 1": "unrecognized arguments: --mu",
-        "--model mrgan --e-steps 2": "unrecognized arguments: --e-steps",
-        "--model ivaae-rad --k 2": "unrecognized arguments: --k",
-        "--model wae-mmd --mu1 1": "unrecognized arguments: --mu1",
+        **{f"--model {model} {flag}": f"unrecognized arguments: {flag}" for model, flag in (
+            ("dcgan", "--k 4"), ("dcgan", "--mu 1"), ("dcgan", "--pack 2"), ("dcgan", "--t 2"),
+            ("dcgan", "--unroll 1"), ("mrgan", "--e-sign code"), ("mrgan", "--e-steps 2"),
+            ("mrgan", "--k 4"), ("aae", "--network fc"), ("aae", "--t 4"), ("aae", "--triples 9"),
+            ("ivaae-bw", "--k 2"), ("wae-mmd", "--mu1 1"))},
         "--k 7": "--k 7 does not divide the latent dimension 16",
         "--e-sign both": "--e-sign both is not one of paper, code",
         "--size 48": "--size 48 is no power of two",
@@ -5113,7 +4816,6 @@ MISTAKES = {  # of every file, then of each
         "--network vgg": "vgg is not one of table1, pacgan",
         "--network pacgan --size 32": "are for 28 pixels",
         "--size 28": "28 is no power of two",
-        "--model aae --network fc": "unrecognized arguments",
         "--model unrolled --compile": "differentiates twice",
         "--model unrolled --amp fp16": "use bf16 or off",
     },
@@ -5133,11 +4835,6 @@ MISTAKES = {  # of every file, then of each
         "--model pacgan --pack 9 --batch 8": "--pack 9: there are only 8 items",
     },
     latentmap: {
-        "--model vae --omega1 1": "unrecognized arguments: --omega1",
-        "--model age --recon l1": "unrecognized arguments: --recon",
-        "--model latentmap-noreg --gamma .5": "unrecognized arguments: --gamma",
-        "--size 32": "--size",
-        "--inception auto": "--inception",
         "--dataset cifar10 --size 28": "--size 28: there are networks for 32",
         "--dataset digits --size 0": "--size 0: there are networks for 32",
         "--omega1 -1": "--omega1 -1.0 is too small: at least 0",
@@ -5477,40 +5174,19 @@ def test_two_processes_train_one_model_and_resume_bit_for_bit(name, two_ranks, f
     assert ratio == pytest.approx(2, rel=.01)
 
 
-def begin_run(model, folder, monkeypatch=None, others=1):
-    """A data.Run of `model`; given monkeypatch rank 0 of two, the other has `others` times ours."""
-    if monkeypatch:
-        monkeypatch.setenv("WORLD_SIZE", "2")
-        monkeypatch.setattr(torch.distributed, "all_reduce", lambda t, **_: t.mul_(1 + others))
-        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-        monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
-    run = data.Run(folder, "ivgen", ivgen.preset(), model.machine)
-    run.begin(model, types.SimpleNamespace(dataset=types.SimpleNamespace(channels=3)), 9)
-    return run
-
-
-@pytest.mark.parametrize("module, model", [
-    (ivgen, "ivlsgan"), (ivgen, "wgan-gp"), (ivgen, "ivaae-bw"), (aim, "aim"),
-    (latentmap, "latentmap"), (latentmap, "alae")])
-def test_two_ranks_with_one_batch_are_one_rank(module, model, tmp_path, monkeypatch):
-    states = []
-    for patch in (None, monkeypatch):
-        net, x = tiny(module, model, "mnist")
-        run = begin_run(net, tmp_path, patch)
-        run.add(1, net.step(x))
-        states.append(net.state_dict())
-    assert_same(*states)
-
-
 def test_gradients_of_unlike_ranks_are_averaged_however_weights_lie(tmp_path, monkeypatch):
-    """The other's are twice ours, the mean 1.5 times ours. Fused Adam walks memory: of a gradient
-    laid out otherwise than its weight it would apply each number to another."""
+    """Rank 0 of two: the other's are twice ours, the mean 1.5 times ours. Fused Adam walks memory:
+    of a gradient laid out otherwise than its weight it would apply each number to another."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda t, **_: t.mul_(1 + 2))
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
     x = torch.randn(8, 3, 6, 6)
     plain = nn.Conv2d(3, 4, 4)
     net = copy.deepcopy(plain).to(memory_format=torch.channels_last)
     net.iteration = 0
     net.machine = ivgen.Machine()
-    begin_run(net, tmp_path, monkeypatch, others=2)
+    data.Run(tmp_path, "ivgen", ivgen.preset(), net.machine).begin(net, None, 9)
     strides = []
     net.weight.register_post_accumulate_grad_hook(lambda p: strides.append(p.grad.stride()))
     net.machine.descend(torch.optim.SGD(net.parameters(), .1), net(x).square().mean())
@@ -5528,42 +5204,80 @@ for_every_model = pytest.mark.parametrize("module, model, dataset", [
     *((latentmap, name, dataset) for name in latentmap.MODELS for dataset in ("mnist", ROLL))])
 
 
-def tiny_config(module, model, dataset):
-    smaller = dict(size=32, latent=8) if module is ivgen else {}
-    return dataclasses.replace(module.preset(model, dataset), width=4, batch=8, **smaller)
+VARIANTS = [  # every model: its file, itself, the data set, what else its preset is a function of
+    *((ivgen, name, "mnist", {}) for name in (*ivgen.IVGAN_MODELS, *ivgen.IVAAE_MODELS)),
+    *((ivgen, name, "stacked-mnist", dict(network="pacgan")) for name in ivgen.IVGAN_MODELS),
+    (ivgen, "ivaae-bw", "celeba", {}),
+    *((aim, name, dataset, {}) for name in aim.MODELS
+      for dataset in ("mnist", "grid25", "cifar10")),
+    *((latentmap, name, dataset, {}) for name in latentmap.MODELS for dataset in LM_NETWORKS),
+    *((latentmap, name, dataset, dict(authors=True)) for name in latentmap.AUTHORS
+      for dataset in LM_NETWORKS)]
 
 
-def tiny(module, model, dataset):
-    """(a small model in float32 on the CPU, a batch for it)."""
-    torch.manual_seed(0)
-    config = tiny_config(module, model, dataset)
-    shape = (8, 1, config.size, config.size) if config.size else (8, 2)
-    return module.build(config, None, shape[1]), torch.rand(shape) * 2 - 1
+def tiny_config(module, model, dataset, **more):
+    smaller = dict(latent=8) if module is ivgen else {}
+    if module is ivgen and dataset == "mnist":
+        smaller["size"] = 32
+    return dataclasses.replace(module.preset(model, dataset, **more), width=4, batch=8, **smaller)
 
 
-@for_every_model
-def test_a_preset_alone_makes_a_model_that_trains(module, model, dataset):
-    """As source to copy from: what `train` would set from the data has a default."""
+@pytest.mark.parametrize("module, model, dataset, more", VARIANTS)
+def test_a_preset_alone_makes_a_model_that_trains_and_answers(module, model, dataset, more):
+    """As source to copy from: what `train` would set from the data has a default. Inference leaves
+    weights, statistics, mode and random numbers as they are, and no item depends on others."""
     def rates():
         return [g["lr"] for o in data.optimisers_of(net).values() for g in o.param_groups]
 
     torch.manual_seed(0)
-    net = module.build(tiny_config(module, model, dataset))
-    x = net.sample(8)
-    before = copy.deepcopy(net)
+    net = module.build(tiny_config(module, model, dataset, **more))
+    net.config.check()
+    x = torch.rand_like(net.sample(8)) * 2 - 1
+    start = copy.deepcopy(net)
     at_first = rates()
     net.iteration = 499  # The epoch is unknown: still the first, at its learning rates.
-    for _ in range(5 if "wgan" in model else 1):
+    for _ in range(5 if "wgan" in model else 2):
         losses = net.step(x)
-    assert losses and not any(value.requires_grad or value.dim() for value in losses.values())
-    assert not alike(before, net) and net.iteration > 499 and rates() == at_first
-    assert net.sample(3).shape == (3, *x.shape[1:])
+        values = losses.values()
+        assert losses and all(v.isfinite() and not v.requires_grad and v.dim() == 0 for v in values)
+        if module is latentmap:
+            net.map_from = net.iteration  # after the first step of LatentMap one of the map
+    assert net.iteration > 500 and rates() == at_first
+    for name, network in net.named_children():
+        trained = any(p.requires_grad for p in network.parameters())
+        assert not trained or not alike(network, getattr(start, name)), name
+    if module is aim:
+        cycle = dict.fromkeys(("alice", "alice-adv"), "d g cycle")
+        names = dict.fromkeys(("gan", "pacgan", "unrolled", "ali"), "d g") | cycle
+        assert list(losses) == names.get(model, "d g e").split()
+
+    samples = net.sample(5)
+    assert samples.shape == x[:5].shape and (x.dim() == 2 or samples.abs().max() <= 1)
+    if net.E is None:
+        with pytest.raises(ValueError, match=f"{model} has no encoder"):
+            net.encode(x)
+        return
+    before = copy.deepcopy(net.state_dict())
+    random = torch.get_rng_state()
+    z = net.encode(x)
+    assert z.shape == (8, getattr(net, "latent", net.config.latent)) and not z.requires_grad
+    alone = torch.cat([net.decode(net.encode(item[None])) for item in x])
+    near(net.decode(z), alone)
+    assert alone.shape == x.shape and torch.equal(random, torch.get_rng_state())
+    if module is not ivgen:
+        assert net.reconstruct(x).shape == x.shape
+    if module is aim:
+        assert net.neighbours(x, 3).shape == (8, 3, *x.shape[1:])
+    if module is latentmap:
+        assert net.latents(x).shape == net.generated_codes(net.prior(8)).shape == z.shape
+    net.sample(3)
+    assert net.training and all(torch.equal(before[k], v) for k, v in net.state_dict().items())
 
 
 @for_every_model
 def test_every_weight_is_in_an_optimiser_at_its_rate(module, model, dataset):
     """In one of them; AAE's E and ALAE's E and G are trained in two turns."""
-    net, _ = tiny(module, model, dataset)
+    net = module.build(tiny_config(module, model, dataset))
     c = net.config
     names = {id(p): name for name, p in net.named_parameters() if p.requires_grad}
     held = []
@@ -5750,6 +5464,8 @@ def test_a_table_by_one_command(module, name, flags, metric, pictures, monkeypat
         assert {"command", "protocol", "machine", "versions", "precision", "seed"} <= line.keys()
         assert math.isfinite(line["value"])
     assert metric in {line["key"] for line in lines}
+    for log in (tmp_path / "t").glob("*/log.jsonl"):
+        log.write_text('{"st\n' + log.read_text())              # a line torn by a kill
     assert cli(module, *command) == 0                           # nothing is left to train
     assert "\nrun: " not in capsys.readouterr().out
     assert cli(module, *command[:3], tmp_path / "u", *command[4:], "--bogus", 1) == 2
@@ -5762,6 +5478,8 @@ def test_a_table_by_one_command(module, name, flags, metric, pictures, monkeypat
     assert mean["n_seeds"] == 2 and mean["value"] == pytest.approx(sum(mean["each"]) / 2)
     found = (tmp_path / "t/results.jsonl").read_text()
     other = found.replace(f"{module.FILE}-table{name}", "another table")
+    for line in lines:  # fcd in the place of fid is not what was published
+        assert ("(fcd)" in line["metric"]) == (line["key"] == "fcd" != metric)
     # Publishing a result is appending these lines to assets/results.jsonl.
     assert render(f"{module.FILE}-table{name}", lines).count("\n") == len(rows)
     for wrong, words, held in ((["--seed", 1], "sets", found), (["--seeds", 0], "out of", found),
@@ -6141,10 +5859,6 @@ def filled(text):
     return re.sub(r"<!-- table (\S+) -->.*?<!-- end -->", fill, text, flags=re.DOTALL)
 
 
-def rewrite(path):
-    path.write_text(filled(path.read_text()))
-
-
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_the_tables_of_a_page_are_the_results(path):
     text = path.read_text()
@@ -6165,8 +5879,8 @@ def test_every_result_can_be_measured_again():
     for line in results():
         assert {"table", "row", "metric", "command", "protocol", "machine", "versions"} <= set(line)
         assert line["value"] is not None
-        if "fid" in line["metric"].lower().split():
-            assert "pt_inception-2015-12-05" in line["protocol"]
+        if line.get("key") == "fid" or "fid" in line["metric"].lower().split():
+            assert "2015 Inception features" in line["protocol"]
         first = line["command"].partition(";")[0]
         if re.match(r"python (ivgen|aim|latentmap)\.py", first) and "--resume" not in first:
             settings = settings_of_command(first)               # every flag still exists
@@ -6207,4 +5921,4 @@ if __name__ == "__main__":
         bench()
     else:
         for page in PAGES:
-            rewrite(page)
+            page.write_text(filled(page.read_text()))
