@@ -3,13 +3,14 @@
     Cong Geng, Jia Wang, Li Chen, Zhiyong Gao: "Generative Model without Prior Distribution
     Matching". Sections, equations, tables and figures named below are this paper's.
 
-A variational autoencoder asks two things of one code: that it tell the data apart, and that it be
-distributed like a prior. They conflict (Propositions 1 and 2): the second may destroy the
-geometry of the data. LatentMap asks only the first: an autoencoder is trained for reconstruction.
+A variational autoencoder, Eqs. (1) to (3), asks two things of one code: that it tell the data
+apart, and that it be distributed like a prior. They conflict (Propositions 1 and 2, Eq. (4), Fig.
+1): the second may destroy the geometry of the data. LatentMap asks only the first: an autoencoder
+is trained for reconstruction, and a prior is fitted to its codes afterwards, Eqs. (7) and (8).
 A discriminator d learns how unreal decoded codes are, Eq. (9); the autoencoder lowers d's answer,
 Eq. (10), so that straight lines between codes decode to data. Batch normalisation, Eq. (11), keeps
-codes near a sphere without bending them. Afterwards a small network g learns to turn Gaussian noise
-into codes, in a GAN between vectors, Eqs. (12) and (13). A sample is G(g(z)).
+codes near a sphere without bending them. Then a small network g learns to turn Gaussian noise into
+codes, in a GAN between vectors, Eqs. (12) and (13). A sample is G(g(z)).
 
     python latentmap.py                             the Swiss roll (Figs. 4 and 5), offline
     python latentmap.py --model vae                 a baseline: vae, aae, alae, wae, introvae, age
@@ -138,24 +139,25 @@ class Machine:
 #       A sum over 12,288 pixels would drown the other terms, which are of the order of lam^2.
 # D2  | silent on gamma, lambda,    | .2, .2, 1, 1; 2e-4,   | as the code; Adam's own  | --gamma
 #     | omegas, optimiser, counts   | beta1 0, batch 32     | beta2; d x 2, D x 5      | --lr ...
-#       All steps of d use one x, all of D one code; mu and z are drawn anew. x_1 is the batch
-#       reversed, x_2 the batch: as mu <= .5, x_mu is nearer to x_2.
+#       All steps of d use one x, all of D one code; z and mu, one for each item, are drawn anew.
+#       x_1 is the batch reversed, x_2 the batch: as mu <= .5, x_mu is nearer to x_2.
 # D3  | BN to mean 0, variance 1    | scale, shift learnt   | no scale, no shift       |
 #       Eqs. (9), (10) and (12) print E(x): read here as BN(E(x)), by Eq. (11).
 # D4  | prior: Gaussian             | unit sphere           | Gaussian; or radius      | --prior
 #     |                             | (roll: Gaussian)      | sqrt(dim), of mean square 1
 # D5  | autoencoder, then map       | both in every step    | .8, then .2 of the steps | --joint
 #       The paper does not say how long (points: .6, .4). best.pt comes from the second phase.
-# D6  | "Mimicry's architectures"   | its SNGAN-64          | for G, d, E; g, D: MLPs  | --size
+# D6  | G, g, D, d: "Mimicry's      | G, E, d: its SNGAN-64 | as the code              | --size
+#     | architectures"              | g, D: MLPs            |                          |
 #       E is d with BN, and a mean over positions. d's and D's last layers go without spectral norm,
 #       which would leave them too small a range. MLPs' sizes, 32 pixels and points are ours.
 # D7  | Swiss roll, 5,000 points    | in 3-D, noise .05     | a plane spiral           | --dataset
 #       Ours are the rolls' steps, rates, weights and batch (code, 3-D: all 5,000, for 75,000 steps
 #       at 2e-4), MNIST's 25 epochs, CIFAR-10's 32 pixels, and (Mimicry's) CelebA's 128 dimensions.
-# D8  | silent on the baselines     | see AUTHORS and what  | their own papers', where | --authors
-#     |                             | is named ..._authors  | not marked "ours"        |
-#       They share E, G, optimiser and batch. With the switch, vae, aae and introvae are scripts of
-#       LatentMap's authors, age and alae their own authors' code. Networks stay, but for two Ds.
+# D8  | silent on the baselines     | see AUTHORS, script_, | their own papers', where | --authors
+#     |                             | _authors, `authors`   | not marked "ours"        |
+#       They share E, G, optimiser and batch. With the switch, vae, aae, introvae are as in scripts
+#       of LatentMap's authors, age, alae as in their own authors'. Networks stay, but for two Ds.
 # D9  | silent on running           | of all batches        | E's follow data only,    |
 #     | statistics                  |                       | G's the codes of data    |
 #       Blends and samples have other moments, which neither `encode` nor `decode` meets. G of ALAE
@@ -475,26 +477,26 @@ def gan_loss_g(fake):
     """-log sigmoid(fake), which does not saturate: AAE's E, ALAE's F and G."""
     return F.softplus(-fake).mean()
 
-def introvae_loss_e(kl_real, kl_rec, kl_gen, error, margin, alpha, beta):
+def introvae_loss_e(kl_real, kl_rec, kl_gen, x, x_rec, margin, alpha, beta):
     """IntroVAE's Eq. (11): the KL of data stays low, that of what G makes goes to the margin.
 
-    The KL of data, reconstructions, samples, and half the squared error: (B,) each.
+    The KL of data, reconstructions, samples: (B,) each.
     """
     made = F.relu(margin - kl_rec) + F.relu(margin - kl_gen)
-    return (kl_real + alpha * made + beta * error).mean()
+    return (kl_real + alpha * made + beta / 2 * squared_error(x, x_rec)).mean()
 
-def introvae_loss_g(kl_rec, kl_gen, error, alpha, beta):
+def introvae_loss_g(kl_rec, kl_gen, x, x_rec, alpha, beta):
     """IntroVAE's Eq. (12), of the same (B,): G wants E to take what it makes for data."""
-    return (alpha * (kl_rec + kl_gen) + beta * error).mean()
+    return (alpha * (kl_rec + kl_gen) + beta / 2 * squared_error(x, x_rec)).mean()
 
-def script_introvae_loss_e(kl_real, kl_rec, kl_gen, mse, margin, alpha):
+def script_introvae_loss_e(kl_real, kl_rec, kl_gen, x, x_rec, margin, alpha):
     """LatentMap's authors' IntroVAE, of the same KLs (B,): the margin is that of their means."""
     made = F.relu(margin - kl_rec.mean()) + F.relu(margin - kl_gen.mean())
-    return 5 * mse + 0.001 * (kl_real.mean() + alpha * made)
+    return 5 * F.mse_loss(x_rec, x) + 0.001 * (kl_real.mean() + alpha * made)
 
-def script_introvae_loss_g(kl_rec, kl_gen, mse, alpha):
+def script_introvae_loss_g(kl_rec, kl_gen, x, x_rec, alpha):
     """LatentMap's authors' IntroVAE."""
-    return 5 * mse + 0.001 * alpha * (kl_rec.mean() + kl_gen.mean())
+    return 5 * F.mse_loss(x_rec, x) + 0.001 * alpha * (kl_rec.mean() + kl_gen.mean())
 
 def kl_fit(code):
     """AGE's Delta: KL(N(m, s^2) || N(0, I)) / dim, m and s^2 being those of codes (B, dim)."""
@@ -514,7 +516,7 @@ def age_loss_g(fake, z, lam):
     return kl_fit(fake) + lam * (1 - F.cosine_similarity(z, fake)).mean() / z.shape[1]
 
 def r1_penalty(logits, x):
-    """ALAE's R1: ||d logits / d x||^2, a mean over items; logits (B,) of x, which has a graph."""
+    """ALAE's R1: ||d logits / d x||^2, a mean over items; logits (B,) of x with a gradient."""
     gradient, = torch.autograd.grad(logits.sum(), x, create_graph=True)
     return gradient.square().flatten(1).sum(1).mean()
 
@@ -540,13 +542,14 @@ class Autoencoder(nn.Module):
     """What all systems share: E, G, Adam, and the verbs `sample(n)`, `encode(x)`, `decode(z)`.
 
     A system adds `step(x)`; its other networks and optimisers; `code(x)` where that is not E(x);
-    `to_code(z)` where that is not z; an entry in MODELS and in CLASSES. channels: None is 3, or 2.
+    `to_code(z)` where that is not z; an entry in MODELS and in CLASSES. channels: of x; None: 3, or
+    2 of points.
     """
 
     map_from = 0  # the last step of the first phase, which only LatentMap has
     outputs = 1  # of E for each number of a code
     rivals = False  # whether E and G have an optimiser each, and none in common
-    embeds = False  # whether codes lie on the sphere where the prior does, and of which radius
+    embeds = False  # whether codes are put on the prior's sphere, if it is one, and its radius:
     embeds_authors = True
     radius = None  # sqrt(dim)
     radius_authors = 1.0
@@ -601,7 +604,7 @@ class Autoencoder(nn.Module):
         return z
 
     def embed(self, code):
-        """Codes (n, dim), of a system that `embeds` on the sphere if the prior is there."""
+        """Codes (n, dim), put on the sphere if the prior is there and the system `embeds`."""
         on_sphere = self.config.prior == "sphere" and self.constant("embeds")
         return project(code, self.constant("radius")) if on_sphere else code
 
@@ -637,20 +640,18 @@ class Autoencoder(nn.Module):
 
 
 class LatentMap(Autoencoder):
-    """The paper's model; without BN, and with omega1 = omega2 = 0, its ablations (Fig. 6).
+    """The paper's model (Fig. 2); without BN, and with omega1 = omega2 = 0, its ablations (Fig. 6).
 
-    map_from: the step up to which `step` trains the autoencoder; then it trains the map. None: it
-    goes on with the autoencoder until `model.map_from = model.iteration`.
+    map_from: the step up to which `step` trains the autoencoder; then it trains the map. `build`
+    sets it; without it the autoencoder goes on until `model.map_from = model.iteration`.
     It logs critic, Eq. (9); autoencoder, Eq. (10), and reconstruction, of that the first term;
     map_d, Eq. (12); map_g, Eq. (13).
     """
 
-    def __init__(self, config, machine=None, channels=None, map_from=None):
+    def __init__(self, config, machine=None, channels=None):
         super().__init__(config, machine, channels)
         c = config
-        self.map_from = 2**62 if map_from is None else map_from
-        if c.joint:
-            self.map_from = 0
+        self.map_from = 0 if c.joint else 2**62
         self.regularised = c.omega1 > 0 or c.omega2 > 0
         if self.regularised:  # else nobody asks d
             body = ENCODERS[c.networks](self.channels, c.latent, c.width, spectral=True)
@@ -673,7 +674,7 @@ class LatentMap(Autoencoder):
         self.map_from = int(map_from)
 
     def code(self, x):
-        return self.normalise(self.E(x))  # x -> z -> BN(z) = z^
+        return self.normalise(self.E(x))  # Eq. (11): x -> z -> BN(z) = z^
 
     def to_code(self, z):
         return self.g(z)
@@ -738,7 +739,8 @@ class VAE(Autoencoder):
     """E gives mean and log variance of q(z|x), Eq. (2). It logs negative_elbo, kl, reconstruction.
 
     beta: p(x|z) has the variance 1 / beta; 2 makes its term the plain sum of squares (ours).
-    kl_weight: LatentMap's authors', which on 64 x 64 pixels is this loss at beta = .08.
+    kl_weight: LatentMap's authors', which on 64 x 64 pixels and a batch of 64 is, up to a factor,
+    this loss at beta = .08; with --authors negative_elbo is theirs.
     """
 
     outputs = 2
@@ -747,7 +749,7 @@ class VAE(Autoencoder):
     kl_weight = 3.2e-5
 
     def posterior(self, x, made=False):
-        """mu, log sigma^2 of q(z|x), (B, dim) each. made: x is G's, so E's statistics rest."""
+        """mu, log sigma^2 of Eq. (3), (B, dim) each. made: x is G's, so E's statistics rest."""
         out = self.machine.without_running_stats(self.E, x) if made else self.E(x)
         mu, log_var = out.chunk(2, 1)
         return mu, log_var.clamp(-15, 10)  # its exponential stays a number
@@ -777,7 +779,7 @@ class VAE(Autoencoder):
 
 
 class AAE(Autoencoder):
-    """AAE: a discriminator matches codes to the prior; the order of updates is ours.
+    """AAE, Eq. (5): a discriminator matches codes to the prior; the order of updates is ours.
 
     E's second update is by the Adam of its first with --authors, else by one of its own. It logs
     reconstruction (D1); discriminator, D's loss; encoder, E's loss against D.
@@ -791,9 +793,9 @@ class AAE(Autoencoder):
     weight = 1.0  # of E's loss against D
     weight_authors = 0.1
 
-    def __init__(self, *args):
-        super().__init__(*args)
-        c = self.config
+    def __init__(self, config, machine=None, channels=None):
+        super().__init__(config, machine, channels)
+        c = config
         self.D = self.place(judge(c.latent, c.map_width, self.constant("norm")))
         self.optimiser_d = self.adam(self.D)
         if not c.authors:
@@ -879,10 +881,9 @@ class IntroVAE(VAE):
         kl_real = kl_normal(mu, log_var)
         kls = kl_real, kl_rec, kl_gen
         if authors:
-            loss_e = script_introvae_loss_e(*kls, F.mse_loss(x_rec, x), margin, self.alpha)
+            loss_e = script_introvae_loss_e(*kls, x, x_rec, margin, self.alpha)
         else:
-            error = squared_error(x, x_rec) / 2
-            loss_e = introvae_loss_e(*kls, error, margin, self.alpha, beta)
+            loss_e = introvae_loss_e(*kls, x, x_rec, margin, self.alpha, beta)
         self.machine.descend(self.optimiser_e, loss_e)
         with self.machine.autocast():  # the same codes, for the E just moved
             x_rec = self.machine.without_running_stats(self.G, z.detach())
@@ -890,10 +891,9 @@ class IntroVAE(VAE):
             kl_rec = kl_normal(*self.posterior(x_rec, made=True))
             kl_gen = kl_normal(*self.posterior(x_gen, made=True))
         if authors:
-            loss_g = script_introvae_loss_g(kl_rec, kl_gen, F.mse_loss(x_rec, x), self.alpha)
+            loss_g = script_introvae_loss_g(kl_rec, kl_gen, x, x_rec, self.alpha)
         else:
-            error = squared_error(x, x_rec) / 2
-            loss_g = introvae_loss_g(kl_rec, kl_gen, error, self.alpha, beta)
+            loss_g = introvae_loss_g(kl_rec, kl_gen, x, x_rec, self.alpha, beta)
         self.machine.descend(self.optimiser_g, loss_g)
         return logged(encoder=loss_e, decoder=loss_g, kl_real=kl_real.mean(), kl_gen=kl_gen.mean(),
                       reconstruction=reconstruction_loss(x, x_rec))
@@ -945,14 +945,14 @@ class ALAE(Autoencoder):
     Its third update holds F still and moves E and G by an Adam of its own (ours, and LatentMap's
     authors'); with --authors it moves F too, by the Adams of the game. Then D is linear, and what
     `encode`, `decode` and `sample` use are running means of the weights. It logs discriminator,
-    the loss of E and D, but for r1; generator, that of F and G; reciprocity.
+    the loss of E and D without r1; r1, the penalty; generator, the loss of F and G; reciprocity.
     """
 
     gamma = 10.0  # of R1
 
-    def __init__(self, *args):
-        super().__init__(*args)
-        c = self.config
+    def __init__(self, config, machine=None, channels=None):
+        super().__init__(config, machine, channels)
+        c = config
         self.F = self.place(Network(*mlp(c.latent, c.map_width, c.latent, "batch")))
         self.D = self.place(judge(c.latent, c.map_width))
         self.shown = {"E": self.E, "F": self.F, "G": self.G}
@@ -1042,12 +1042,8 @@ def spearman(a, b):
     ranks = torch.stack([average_ranks(a), average_ranks(b)])
     return torch.corrcoef(ranks)[0, 1].nan_to_num(0).item()
 
-def pairwise(x):
-    """Distances of all pairs of items (n, ...): (n (n - 1) / 2,)."""
-    return torch.pdist(x.flatten(1).double())
-
 def trustworthiness(x, code, k=12):
-    """Venna and Kaski 2001: 1 where the k nearest codes of each item are k of its nearest data.
+    """Venna and Kaski 2001: 1 where the items of the k nearest codes are the k nearest by data.
 
     Less for each intruder, by its rank among the data. x (n, ...), code (n, dim); ValueError
     unless k < n / 2.
@@ -1098,10 +1094,11 @@ def unrolled(x, unit):
 def geometry(x, code, unit=None):
     """rank_corr: rank correlation of the distances of data (n, ...) and of codes (n, dim); trust:
     trustworthiness; of a Swiss roll also rank_corr_arc, by the distances along it."""
-    between = pairwise(code)
-    result = {"rank_corr": spearman(pairwise(x), between), "trust": trustworthiness(x, code)}
+    between = torch.pdist(code.flatten(1).double())
+    rank_corr = spearman(torch.pdist(x.flatten(1).double()), between)
+    result = {"rank_corr": rank_corr, "trust": trustworthiness(x, code)}
     if unit:
-        result["rank_corr_arc"] = spearman(pairwise(unrolled(x, unit)), between)
+        result["rank_corr_arc"] = spearman(torch.pdist(unrolled(x, unit)), between)
     return result
 
 
@@ -1116,10 +1113,11 @@ def dots(points, reach, labels=None, classes=1):
 
 
 def draw_codes(path, code, made, z, labels, classes):
-    """Fig. 5 (Fig. 3: of a 0): codes (n, dim) by label, generated (m, dim), z of a plane prior.
+    """Fig. 5: codes (n, dim) by label, generated (m, dim), z of a plane prior; of MNIST Fig. 3,
+    which shows the zeros alone: the red dots here.
 
-    Of more than two dimensions, the codes' first two principal components are shown. Nothing for a
-    code of one dimension, and for one that is not finite: of these the metrics will say it.
+    Of more than two dimensions, the codes' first two principal components are shown. Draws nothing
+    where codes have one dimension, or are not finite, which the metrics report.
     """
     panels = {"prior": dots(z, reach=4)} if z.shape[1] == 2 else {}
     code = code.cpu().double()
@@ -1177,16 +1175,17 @@ def figures_of_images(model, folder, step, x, labels, classes):
 # The paper's tables and figures. A column: heading, data set, metric. A row: the flags of a system,
 # then what the paper prints, None where it prints no number.
 
-ROLL = {"generated: Chamfer": "chamfer", "off the manifold": "gen_dist", "coverage": "coverage",
-        "reconstructed: MSE": "mse", "rank correlation": "rank_corr", "trustworthiness": "trust",
-        "latent Fréchet distance": "latent_fd"}
+ROLL_COLUMNS = {"generated: Chamfer": "chamfer", "off the manifold": "gen_dist",
+                "coverage": "coverage", "reconstructed: MSE": "mse",
+                "rank correlation": "rank_corr", "trustworthiness": "trust",
+                "latent Fréchet distance": "latent_fd"}
 ABLATION = {"fcd": "fcd", "inception score": "is", "confident": "confident",
             "reconstruction MSE": "mse", "latent Fréchet distance": "latent_fd",
             "rank correlation": "rank_corr"}
 
 
 def table(title, columns, rows):
-    """rows: {name: [model, what the paper prints, ...]}, of some figures no number.
+    """rows: {name: [model, published numbers]}; some figures print none.
 
     After each system that has --authors comes a row of that, which repeats no published number.
     """
@@ -1199,7 +1198,7 @@ def table(title, columns, rows):
     return dict(title=title, columns=columns, rows=flags)
 
 
-PUBLISHED = {  # Table 2, and Table 1 but for LatentMap's FID: CIFAR-10's FID, MSE; CelebA's
+PUBLISHED = {  # Table 2: FID, MSE of CIFAR-10, then of CelebA (Table 1 has the latter, but FID 62)
     "VAE": (189, 0.0626, 80, 0.0383), "AAE": (120, 0.0245, 101, 0.0255),
     "WAE": (173, 0.0607, 115, 0.0626), "IntroVAE": (133, 0.0492, 120, 0.0562),
     "AGE": (271, 0.0608, 116, 0.0889), "LatentMap": (None, None, 63, 0.0165),
@@ -1214,9 +1213,9 @@ TABLES = {
     "2": table("LatentMap, Table 2: CIFAR-10 and CelebA", CIFAR10 + CELEBA,
                {name: [name.lower(), *row] for name, row in PUBLISHED.items()}),
     "fig4": table("LatentMap, Figs. 4 and 5: the Swiss roll",
-                  [(name, "swissroll", key) for name, key in ROLL.items()], ON_ROLL),
+                  [(name, "swissroll", key) for name, key in ROLL_COLUMNS.items()], ON_ROLL),
     "fig4-3d": table("LatentMap, Figs. 4 and 5: the Swiss roll in three dimensions",
-                     [(name, "swissroll3d", key) for name, key in ROLL.items()], ON_ROLL),
+                     [(name, "swissroll3d", key) for name, key in ROLL_COLUMNS.items()], ON_ROLL),
     "fig6": table("LatentMap, Fig. 6: ablation on MNIST",
                   [(name, "mnist", key) for name, key in ABLATION.items()],
                   {"without BN": ["latentmap-nobn"], "with BN": ["latentmap-noreg"],
@@ -1230,47 +1229,40 @@ CURVES = ("mse", "chamfer", "fid", "fcd", "latent_fd")  # drawn by epoch
 NEAR = 0.05  # a ninth of the gap between two turns of the roll
 
 
-class PointMetrics:
+def point_metrics(model, test_set, samples):
     """What metrics.Evaluator is for images, for points: how far all lies from the manifold.
 
     gen_dist, rec_dist: mean distance of samples, reconstructions to it; gen_gap: of it to samples;
     chamfer: gen_dist + gen_gap; coverage, rec_coverage: share of it with a sample, reconstruction
     within NEAR; mse: of the test points.
     """
+    unit = data.ROLL_UNIT.get(test_set.name)
+    manifold = test_set.x[:5000]
+    what = "the test points"
+    if unit:
+        flat = test_set.channels == 2
+        manifold = spiral(unit=unit) if flat else sheet(unit)
+        what = "the roll's curve" if flat else "the roll's sheet"
 
-    def __init__(self, test_set, samples):
-        self.test = test_set
-        self.samples = samples
-        self.unit = data.ROLL_UNIT.get(test_set.name)
-        self.manifold = test_set.x[:5000]
-        self.what = "the test points"
-        if self.unit:
-            flat = test_set.channels == 2
-            self.manifold = spiral(unit=self.unit) if flat else sheet(self.unit)
-            self.what = "the roll's curve" if flat else "the roll's sheet"
+    def off(x):
+        return (roll_distances(x, unit) if unit else nearest_distances(x, manifold)).mean()
 
-    def off(self, x):
-        """The mean distance of points x to the manifold."""
-        every = roll_distances(x, self.unit) if self.unit else nearest_distances(x, self.manifold)
-        return every.mean()
-
-    def __call__(self, model):
-        points = model.decode(model.generated_codes(model.prior(self.samples, seed=1))).cpu()
-        x_hat = model.reconstruct(self.test.x).cpu()
-        there = self.off(points)
-        back = nearest_distances(self.manifold, points)
-        rec_back = nearest_distances(self.manifold, x_hat)
-        return {
-            "chamfer": (there + back.mean()).item(),
-            "gen_dist": there.item(),
-            "gen_gap": back.mean().item(),
-            "coverage": (back <= NEAR).double().mean().item(),
-            "rec_dist": self.off(x_hat).item(),
-            "rec_coverage": (rec_back <= NEAR).double().mean().item(),
-            "mse": metrics.reconstruction_mse(self.test.x, x_hat),
-            "protocol": f"distances between {self.samples} samples and {len(self.manifold)} points "
-                        f"of {self.what}, coverage within {NEAR}; mse, rec: {len(x_hat)} "
-                        f"{self.test.split} points, in the data's units"}
+    points = model.decode(model.generated_codes(model.prior(samples, seed=1))).cpu()
+    x_hat = model.reconstruct(test_set.x).cpu()
+    gen_dist = off(points)
+    gaps = nearest_distances(manifold, points)
+    rec_gaps = nearest_distances(manifold, x_hat)
+    return {
+        "chamfer": (gen_dist + gaps.mean()).item(),
+        "gen_dist": gen_dist.item(),
+        "gen_gap": gaps.mean().item(),
+        "coverage": (gaps <= NEAR).double().mean().item(),
+        "rec_dist": off(x_hat).item(),
+        "rec_coverage": (rec_gaps <= NEAR).double().mean().item(),
+        "mse": metrics.reconstruction_mse(test_set.x, x_hat),
+        "protocol": f"distances between {samples} samples and {len(manifold)} points of {what}, "
+                    f"coverage within {NEAR}; mse, rec: {len(x_hat)} {test_set.split} points, in "
+                    "the data's units"}
 
 
 def make_evaluator(config, machine, train_set, test_set):
@@ -1279,9 +1271,8 @@ def make_evaluator(config, machine, train_set, test_set):
     usual = {"points": 5000, "digits": 10_000, "pictures": 50_000}[kind]  # CelebA: "50K"
     samples = config.samples or usual
     if config.kind == "points":
-        return PointMetrics(test_set, samples)
-    columns = TABLES["2"]["columns"]
-    paper_has_fid = (config.dataset, "fid") in [column[1:] for column in columns]
+        return lambda model: point_metrics(model, test_set, samples)
+    paper_has_fid = config.dataset in ("cifar10", "celeba")  # Table 2
     weights = metrics.inception_default(config.inception, paper_has_fid, machine.device, samples)
     return metrics.Evaluator(train_set, test_set, config.size, machine.device, config.root,
                              samples, weights, fid_on_train=len(train_set))
@@ -1307,8 +1298,8 @@ def code_metrics(model, x, few=1000):
 def evaluate(model, evaluator, folder, step, test, classes):
     """Pictures and metrics of one moment; the training's random numbers go on as they were.
 
-    To the evaluator's and `code_metrics` come eval_s, seconds, and phase, "autoencoder" where
-    LatentMap's g has not been trained, so that what it makes says nothing.
+    Adds to the metrics of the evaluator and of `code_metrics` eval_s, seconds, and phase,
+    "autoencoder" where LatentMap's g has not been trained, so that what it makes says nothing.
     """
     began = time.time()
     points = model.config.kind == "points"
@@ -1409,8 +1400,7 @@ def main(argv=None):
     folder = data.run_folder(args, f"runs/{FILE}-{config.model}-{dataset}-s{config.seed}")
     if args.bench:  # of LatentMap the first phase, the dearer one
         model = build(config, machine, 1 if config.dataset in DIGIT_SETS[:3] else None)
-        pixels = [config.size] * 2 if config.size else []
-        x = torch.rand(config.batch, model.channels, *pixels, device=machine.device) * 2 - 1
+        x = model.sample(config.batch)
         print(json.dumps(metrics.benchmark(model, x, args.bench, config.compile)))
     elif args.sample:
         model = build(config, machine, checkpoint["channels"])

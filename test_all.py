@@ -3743,14 +3743,14 @@ def test_latentmaps_point_metrics(dataset, off, gap, share):
     net, _ = lm_small("latentmap", dataset)
     net.reconstruct = lambda x: x
     net.decode = lambda z: test.x[:len(z)]
-    m = latentmap.PointMetrics(test, 5000)(net)
+    m = latentmap.point_metrics(net, test, 5000)
     assert m["gen_gap"] < gap and m["coverage"] == m["rec_coverage"] >= share
     assert m["mse"] == 0 and m["rec_dist"] < off and "5000 samples" in m["protocol"]
     assert m["chamfer"] == pytest.approx(m["gen_dist"] + m["gen_gap"], rel=1e-5)
     inner = test.x[test.y < 5]
     net.reconstruct = lambda x: x + 2
     net.decode = lambda z: inner[torch.arange(len(z)) % len(inner)]
-    m = latentmap.PointMetrics(test, 5000)(net)
+    m = latentmap.point_metrics(net, test, 5000)
     assert m["gen_dist"] < off < 0.1 < m["gen_gap"] and 0.49 < m["coverage"] < 0.56
     assert m["mse"] == pytest.approx(4, abs=1e-4) and m["rec_dist"] > 1 and m["rec_coverage"] < 0.1
 
@@ -3893,7 +3893,6 @@ def test_the_first_phase_has_its_share_of_the_steps():
     assert latentmap.build(points).map_from > 10**9  # told no length
     assert latentmap.build(dataclasses.replace(points, joint=True), steps=80).map_from == 0
     assert latentmap.build(latentmap.preset("vae"), steps=80).map_from == 0
-    assert latentmap.LatentMap(points, map_from=5).map_from == 5
 
 
 FLAGS_OF = {
