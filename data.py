@@ -18,7 +18,7 @@ and where a run stands in its data is two integers.
 | `stl10` | 105,000 / 8,000 | train = its train + unlabeled pictures, so without labels |
 | `celeba` | 162,770 / 19,962 | 140-pixel centre crop, then resized |
 | `lsun-church` | 126,227 / 300 | church_outdoor, from LSUN's lmdb files (needs the package lmdb) |
-| a folder | all, or its `train` / `test` | pictures, or a folder of pictures for each class |
+| a folder | all, or `train` / `test` (`val`) in it | pictures, or a folder of them for each class |
 | `grid25`, `ring8` | 100,000 / 10,000 points | Gaussians on a grid (std .05), a circle (std .01) |
 | `swissroll`, `swissroll3d` | 5,000 / 5,000 points | a spiral in the plane; rolled, noisy sheet |
 
