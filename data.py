@@ -1363,8 +1363,10 @@ SAVE_EVERY = 500
 
 
 def is_taken(folder):
-    """Whether something has been left there. A log that was only opened does not count."""
-    return any(file.is_file() and file.stat().st_size for file in folder.glob("*"))
+    """Whether a run, or what could be one, has left something there (a log just opened is not)."""
+    log = folder / "log.jsonl"
+    written = log.exists() and log.stat().st_size > 0
+    return written or (folder / "config.json").exists() or any(folder.glob("*.pt"))
 
 
 def run_folder(args, default):

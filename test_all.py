@@ -4340,7 +4340,7 @@ def test_a_new_run_takes_the_first_free_name(name, flags_of, tmp_path, monkeypat
 
     def train(config, machine, folder, checkpoint):
         folder.mkdir(parents=True)
-        (folder / "config.json").write_text("{}")
+        (folder / "config.json").write_text("")
 
     monkeypatch.setattr(module, "train", train)
     usual = f"runs/{module.FILE}-{name}-{dataset or 'blobs'}-s5"
