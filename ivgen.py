@@ -134,7 +134,7 @@ class Machine:
 #     lines 13-15    G:        down  L_adv(G) + lam L_recon + mu L_IV      Eq. (11); L_IV = -V_class
 #     lines 16-17    E:        down  lam_e L_recon + mu_e L_IV           E fools f, as G does
 #
-# Deviations and choices ("code" is that of IVGAN's authors).
+# Deviations and choices ("code" is that of IVGAN's authors; there is no D13).
 # |     | paper                        | code                  | here                   | switch   |
 # |-----|------------------------------|-----------------------|------------------------|----------|
 # | D1  | "i = 1..d/k"; i_j per sample | one i for the batch   | i in 1..k, per sample  |          |
