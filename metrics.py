@@ -1185,7 +1185,8 @@ def draw_curves(path, curves, title):
         x, y = place(part * x_max, part * y_max)
         draw.line((60, y, 620, y), fill="#dddddd")
         draw.text((6, y - 6), f"{part * y_max:.4g}", fill="black")
-        draw.text((x - 8, 378), f"{part * x_max:.4g}", fill="black")
+        text = f"{part * x_max:,.5g}"
+        draw.text((x - 3 * len(text), 378), text, fill="black")
     for n, (name, curve) in enumerate(curves.items()):
         colour = colours[n % len(colours)]
         draw.line([place(x, y) for x, y in curve], fill=colour, width=2)
