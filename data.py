@@ -1894,8 +1894,7 @@ def measured(runs, metric, table, scale=1):
         if table.get("choose") == "min":
             chosen = min(done, key=lambda e: e[metric])
         elif table.get("choose") == "best":
-            score = next((k for k in ("fid", "fcd", "kl", "mse") if k in chosen),
-                         metric)
+            score = next((k for k in ("fid", "fcd", "kl", "mse") if k in chosen), metric)
             chosen = min((e for e in done if score in e), key=lambda e: e[score])
         values.append(scale * chosen[metric])
         seeds.append(run["seed"])

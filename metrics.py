@@ -338,13 +338,14 @@ class InceptionFeatures:
     dim = 2048
 
     def __init__(self, weights="auto", device="cpu", flavour="pytorch-fid", amp=None):
-        if flavour not in ("pytorch-fid", "tf") or amp not in (None, "bf16"):
+        if flavour not in ("pytorch-fid", "tf") or amp not in (None, "off", "bf16"):
             raise UserError(f"Inception features have no flavour {flavour} with amp {amp}")
         self.net = weights and load_inception(weights).to(device)  # None: statistics alone
         self.device = torch.device(device)
         self.flavour = flavour
-        self.amp = amp
-        self.name = f"2015 Inception features (d=2048, {flavour} flavour{', bf16' if amp else ''})"
+        self.amp = "bf16" if amp == "bf16" else None
+        amp = ", bf16" if self.amp else ""
+        self.name = f"2015 Inception features (d=2048, {flavour} flavour{amp})"
         self.key = {"features": "inception", "sha256": INCEPTION_SHA256, "flavour": flavour,
                     "amp": self.amp}
 
@@ -965,7 +966,7 @@ class Evaluator:
     """What training loops report of images, for a model given as two functions.
 
     train, test: data.Dataset of images. size: the model's pixels. samples: how many are drawn.
-    inception: None (no fid), "auto" or a path of the weights.
+    inception: None (no fid), "auto" or a path of the weights; amp: the precision of its features.
     Labelled sets get a classifier, and with it fcd, is, ...; li: Li et al.'s too. They are
     trained once and, as all statistics, cached under `root`. The reference is at most 10,000 real
     test images at `size`; that of fid is `fid_on_train` training images, or FID_ON_TRAIN's.
@@ -973,7 +974,7 @@ class Evaluator:
     """
 
     def __init__(self, train, test, size, device="cpu", root="data", samples=10_000, inception=None,
-                 batch=250, fid_on_train=None, li=False):
+                 batch=250, amp=None, fid_on_train=None, li=False):
         if train.x.dtype != torch.uint8:
             raise ValueError(f"an Evaluator is for images, and {train.name} holds points")
         if li and test.channels != LI["channels"]:
@@ -991,7 +992,7 @@ class Evaluator:
             raise UserError(f"an evaluation needs {least} samples and test images, not {samples} "
                             f"and {self.count}")
         # Inception comes first: its weights may be missing, and a classifier takes a minute.
-        self.extractors = [InceptionFeatures(inception, device)] if inception else []
+        self.extractors = [InceptionFeatures(inception, device, amp=amp)] if inception else []
         self.classifier = None
         if labelled:
             self.present = train.y.unique()  # labels without a picture have no share
