@@ -1655,7 +1655,7 @@ class Run:
         precision = {"off": "float32"}.get(self.machine.amp, self.machine.amp)
         measured = metrics.get("protocol", "")
         if measured != self.protocol:
-            self.best = None
+            self.best = None  # scores by two protocols do not compare
         self.protocol = measured
         protocol = f"{measured}; trained in {precision}".lstrip("; ")
         self.log(step, steps=self.steps, **metrics | {"protocol": protocol})

@@ -1121,7 +1121,8 @@ class AutoEncoder(nn.Module):
     def set_rates(self, *optimisers):
         """The learning rates' decay by epoch (Sec. 4), by the same factor for all networks."""
         epoch = self.iteration / self.steps_per_epoch if self.steps_per_epoch else 0.
-        factor = ([1.] + [value for start, value in self.config.decay if epoch >= start])[-1]
+        reached = [value for start, value in self.config.decay if epoch >= start]
+        factor = reached[-1] if reached else 1.
         for optimiser in optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = factor * group["initial_lr"]
@@ -1217,7 +1218,7 @@ class WAE(AutoEncoder):
 # ---- Figures, and the experiments of Figures 2, 3 and 5 ------------------------------------------
 
 def figures_ivaae(model, folder, step, x, codes):
-    """Fig. 7 and pictures of test images x (100, C, S, S); Fig. 6 of training images' codes."""
+    """Fig. 7, and pictures of test images x (100, C, S, S); Fig. 6, of training codes (N, d)."""
     noise = metrics.fixed_noise(100, model.config.latent)
     metrics.save_grid(folder / f"samples/{step:06d}.png", model.decode(noise))          # Fig. 7
     z = model.encode(x).cpu()
@@ -1395,7 +1396,7 @@ def evaluate(model, evaluator, run, step, x_test, train_set):
     """Pictures and metrics of one moment, which do not disturb the training's random numbers.
 
     For IVAAE's systems `fld`: Frechet distance of the prior and the codes of `fld_n` training
-    images, by Sec. 4's formula: the first 60,000 of them, which on MNIST are all; Sec. 4 draws.
+    images, by Sec. 4's formula: the first 60,000, on MNIST all (Sec. 4 draws them at random).
     """
     began = time.time()
     c = model.config
@@ -1415,8 +1416,11 @@ def evaluate(model, evaluator, run, step, x_test, train_set):
                 torch.optim.swa_utils.update_bn((x.to(memory_format=torch.channels_last)
                                                  for x, _ in images if len(x) == c.batch), model.E)
         figures_ivgan(model, run.folder, step, x_test)
-    result |= evaluator(model.sample, None if model.E is None else
-                        lambda x: model.decode(model.encode(x)))
+
+    def reconstruct(x):
+        return model.decode(model.encode(x))
+
+    result |= evaluator(model.sample, None if model.E is None else reconstruct)
     result["protocol"] = "; ".join([*protocol, result["protocol"]])
     return result | {"eval_s": round(time.time() - began, 1)}
 

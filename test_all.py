@@ -549,8 +549,11 @@ def test_lsun_is_read_from_lmdb(damage, says, tmp_path, monkeypatch):
     env.info.return_value = env.stat.return_value = dict(last_pgno=1, psize=4096)
     transaction = env.begin.return_value.__enter__.return_value
     transaction.get = stored.get
-    cursor = transaction.cursor.return_value
-    cursor.iternext = lambda keys, values: list(stored) if keys and not values else None
+
+    def iternext(keys, values):
+        return list(stored) if keys and not values else None
+
+    transaction.cursor.return_value.iternext = iternext
     monkeypatch.setitem(sys.modules, "lmdb", None if damage == "no lmdb" else lmdb)
     file = Path("root/church_outdoor_train_lmdb/data.mdb")
     file.parent.mkdir(parents=True)
@@ -2420,7 +2423,7 @@ def test_unrolling_is_k_steps_of_adam_written_out(k, monkeypatch):
     """In value and in gradient; D itself stays. (aim.py's tests hold adam_by_hand to torch's.)"""
     monkeypatch.setattr(torch.Tensor, "float", lambda tensor: tensor)   # all stays float64
     net, x = small_iv("unrolled", unroll=k, lr_d=.01)
-    net.double().prior = lambda n: torch.randn(n, 8, dtype=torch.float64)
+    monkeypatch.setattr(net.double(), "prior", lambda n: torch.randn(n, 8, dtype=torch.float64))
     real = x.double()
     for _ in range(2):                                  # Adam's moments are no longer 0
         net.step(real)
@@ -2866,12 +2869,11 @@ def losses_of_step(net, x):
 
     The random numbers start anew: they are those of the step again when this returns.
     """
-    calls = []
-    net.machine.descend_together = lambda *pairs: calls.append(pairs)
     torch.manual_seed(5)
-    net.step(x)
-    del net.machine.descend_together
-    (pairs,) = calls  # D3: no network moves before both gradients are known
+    with mock.patch.object(net.machine, "descend_together") as descend_together:
+        net.step(x)
+    descend_together.assert_called_once()  # D3: no network moves before both gradients are known
+    pairs = descend_together.call_args.args
     assert [optimiser for optimiser, _ in pairs] == [net.optimiser_d, net.optimiser_g]
     torch.manual_seed(5)
     return [loss for _, loss in pairs]
@@ -3111,7 +3113,7 @@ def test_each_optimiser_moves_its_own_networks_down_its_own_loss(model):
     of_g = "G" if model in ("gan", "pacgan", "unrolled") else "G E"
     for n, (other, networks) in enumerate((("optimiser_g", of_d), ("optimiser_d", of_g))):
         net, x = small_aim(model, std=.2, lr=1e-4)
-        getattr(net, other).step = lambda *_, **__: None
+        getattr(net, other).step = mock.Mock()
         before = losses_of_step(net, x)[n]
         for _ in range(3):
             assert who_moved(net, functools.partial(net.step, x)) == set(networks.split())
@@ -3190,7 +3192,7 @@ def test_unrolling_is_a_naive_unroll(K, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "float", lambda logits: logits)  # so that it stays float64
     net, x = small_aim("unrolled", authors=True, latent=3, lr_d=1e-2, unroll=K)
     x = x.double()
-    net.double().prior = lambda n: torch.randn(n, 3, dtype=torch.float64)
+    monkeypatch.setattr(net.double(), "prior", lambda n: torch.randn(n, 3, dtype=torch.float64))
     for _ in range(3):  # then Adam has moments
         net.step(x)
     value_d, value_g = losses_of_step(net, x)
@@ -3361,19 +3363,19 @@ def test_a_size_brings_the_networks_of_its_table(flags, table, width, latent):
     assert (type(make), make.w, make.d) == (table, width, latent)
 
 
-def test_point_metrics():
+def test_point_metrics(monkeypatch):
     """The test points as reconstructions and samples are perfect, up to the .989 of a 2-D Gaussian
     that lie within 3 standard deviations."""
     test = data.load("grid25", split="test")
     net, _ = small_aim()
-    net.reconstruct = lambda x: x
-    net.decode = lambda z: test.x[:len(z)]
+    monkeypatch.setattr(net, "reconstruct", lambda x: x)
+    monkeypatch.setattr(net, "decode", lambda z: test.x[:len(z)])
     found = aim.point_metrics(net, test, 2500)
     assert found["modes"] == 25 and abs(found["high_quality"] - (1 - math.exp(-4.5))) < .01
     assert found["mse"] == 0 and found["same_mode"] == 1
     assert "2500 samples" in found["protocol"] and "10000 test points" in found["protocol"]
-    net.reconstruct = lambda x: x + 2
-    net.decode = lambda z: test.x[:len(z)] + 1
+    monkeypatch.setattr(net, "reconstruct", lambda x: x + 2)
+    monkeypatch.setattr(net, "decode", lambda z: test.x[:len(z)] + 1)
     found = aim.point_metrics(net, test, 2500)
     assert found["modes"] == found["high_quality"] == 0
     assert abs(found["mse"] - 4) < 1e-5 and found["same_mode"] < .1
@@ -3737,39 +3739,40 @@ def test_points_of_three_dimensions_are_drawn_obliquely(tmp_path):
 
 @pytest.mark.parametrize(("dataset", "off", "gap", "share"), [
     ("swissroll", 0.001, 0.002, 1), ("swissroll3d", 0.004, 0.03, 0.97)])
-def test_latentmaps_point_metrics(dataset, off, gap, share):
+def test_latentmaps_point_metrics(dataset, off, gap, share, monkeypatch):
     """The roll as its own reconstruction and sample is near perfect; half of it covers half."""
     test = data.load(dataset, split="test")
     net, _ = lm_small("latentmap", dataset)
-    net.reconstruct = lambda x: x
-    net.decode = lambda z: test.x[:len(z)]
+    monkeypatch.setattr(net, "reconstruct", lambda x: x)
+    monkeypatch.setattr(net, "decode", lambda z: test.x[:len(z)])
     m = latentmap.point_metrics(net, test, 5000)
     assert m["gen_gap"] < gap and m["coverage"] == m["rec_coverage"] >= share
     assert m["mse"] == 0 and m["rec_dist"] < off and "5000 samples" in m["protocol"]
     assert m["chamfer"] == pytest.approx(m["gen_dist"] + m["gen_gap"], rel=1e-5)
     inner = test.x[test.y < 5]
-    net.reconstruct = lambda x: x + 2
-    net.decode = lambda z: inner[torch.arange(len(z)) % len(inner)]
+    monkeypatch.setattr(net, "reconstruct", lambda x: x + 2)
+    monkeypatch.setattr(net, "decode", lambda z: inner[torch.arange(len(z)) % len(inner)])
     m = latentmap.point_metrics(net, test, 5000)
     assert m["gen_dist"] < off < 0.1 < m["gen_gap"] and 0.49 < m["coverage"] < 0.56
     assert m["mse"] == pytest.approx(4, abs=1e-4) and m["rec_dist"] > 1 and m["rec_coverage"] < 0.1
 
 
 @pytest.mark.parametrize("model", ["latentmap", "vae"])
-def test_code_metrics_compare_generated_codes_with_the_datas(model):
+def test_code_metrics_compare_generated_codes_with_the_datas(model, monkeypatch):
     net, _ = lm_small(model)
     (x,) = lm_vectors(600, 2)
-    net.encode = lambda x: x
-    net.prior = lambda n, seed: x[:n]
-    net.generated_codes = lambda z: z
+    monkeypatch.setattr(net, "encode", lambda x: x)
+    monkeypatch.setattr(net, "prior", lambda n, seed: x[:n])
+    shift = 0
     if model == "vae":  # whose latent_fd is of draws, which is what its G was trained on
-        net.latents = net.generated_codes = lambda x: x + 3
+        shift = 3
+        monkeypatch.setattr(net, "latents", lambda x: x + shift)
+    monkeypatch.setattr(net, "generated_codes", lambda z: z + shift)
     result, protocol = latentmap.code_metrics(net, x, 50)
     assert result["latent_fd"] == 0 and result["rank_corr"] == pytest.approx(1)
     assert result["trust"] == 1 and "rank_corr_arc" in result
     assert "600 codes" in protocol and "50 items" in protocol
-    shift = net.generated_codes
-    net.generated_codes = lambda z: shift(z) + 3
+    monkeypatch.setattr(net, "generated_codes", lambda z: z + shift + 3)
     result = latentmap.code_metrics(net, x, 50)[0]
     assert result["latent_fd"] == pytest.approx(18, rel=1e-4)  # 3^2 in both coordinates
     assert set(latentmap.code_metrics(net, x[:20], 50)[0]) == {"latent_fd"}
@@ -5407,8 +5410,7 @@ def test_style(name):
     lines = source(name).splitlines()
     found = [(n, "over 100 columns") for n, line in enumerate(lines, 1) if len(line) > 100]
     for node in ast.walk(ast.parse(source(name))):
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Lambda) and isinstance(
-                node.targets[0], ast.Name):
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Lambda):
             found.append((node.lineno, "a named lambda"))
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple):
             left = sorted(map(ast.unparse, getattr(node.targets[0], "elts", ())))
