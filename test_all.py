@@ -3492,7 +3492,7 @@ def aae_by_hand(net, x):
     code = net.E(x)
     yield "eg", (net.G(code) - x).square().mean()
     yield "d", bce(net.D(torch.randn(12, 2)), 1.) + bce(net.D(code), 0.)
-    yield "e", bce(net.D(code), 1.)
+    yield "e", .6 * bce(net.D(code), 1.)
 
 
 def authors_aae_by_hand(net, x):
@@ -3572,7 +3572,8 @@ JOINT = dict(gamma=.25, lam=.4, omega1=.7, omega2=1.3, joint=True, map_d_steps=5
     ("latentmap", latentmap_by_hand, JOINT, {}),
     ("latentmap", latentmap_by_hand, JOINT | dict(recon="l1"), {}),
     ("vae", vae_by_hand, {}, dict(beta_points=3.)), ("vae", vae_by_hand, AUTHORS, {}),
-    ("wae", wae_by_hand, {}, dict(lam_points=3.)), ("aae", aae_by_hand, {}, {}),
+    ("wae", wae_by_hand, {}, dict(lam_points=3.)),
+    ("aae", aae_by_hand, {}, dict(weight_swissroll=.6)),
     ("aae", authors_aae_by_hand, AUTHORS, {}), ("introvae", introvae_by_hand, AUTHORS, {}),
     ("introvae", introvae_by_hand, {}, dict(alpha=.3, beta_points=3., margin_points=.3)),
     *(("age", age_by_hand, settings, dict(mu=3., lam=7.)) for settings in ({}, AUTHORS)),
