@@ -23,7 +23,7 @@ codes, in a GAN between vectors, Eqs. (12) and (13). A sample is G(g(z)).
     python latentmap.py --resume RUN --sample 100   draws from a run
 
 What to expect: of `python latentmap.py`, in minutes on two CPU cores, samples on average .02 off
-the spiral and all over it, and reconstructions at an MSE of .0004; see README.md.
+the spiral and nearly all over it, and reconstructions at an MSE of .001; see README.md.
 """
 
 import contextlib
