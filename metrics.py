@@ -1171,7 +1171,7 @@ def save_panels(path, panels):
 
 def draw_curves(path, curves, title):
     """{name: [(x, y), ...]} as line plots over one pair of axes, both from 0; a PNG."""
-    colours = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf")
+    colours = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b")
     points = [point for curve in curves.values() for point in curve]
     x_max = max(x for x, _ in points) or 1
     y_max = max(y for _, y in points) or 1
@@ -1181,7 +1181,7 @@ def draw_curves(path, curves, title):
 
     picture = Image.new("RGB", (640, 400), "white")
     draw = ImageDraw.Draw(picture)
-    draw.text((60, 8), title, fill="black")
+    draw.text((60, 2), title, fill="black")
     for part in (0, 0.25, 0.5, 0.75, 1):
         x, y = place(part * x_max, part * y_max)
         draw.line((60, y, 620, y), fill="#dddddd")
@@ -1191,7 +1191,7 @@ def draw_curves(path, curves, title):
     for n, (name, curve) in enumerate(curves.items()):
         colour = colours[n % len(colours)]
         draw.line([place(x, y) for x, y in curve], fill=colour, width=2)
-        draw.text((490, 30 + 14 * n), name, fill=colour)
+        draw.text((60 + n * 560 // len(curves), 16), name, fill=colour)  # no line comes here
     save_picture(path, picture)
 
 

@@ -1709,6 +1709,9 @@ def test_curves_are_drawn_of_what_the_log_has_twice(tmp_path):
     blue = (picture == torch.tensor([0x1F, 0x77, 0xB4])[:, None, None]).all(0).nonzero()
     assert blue[:, 1].min() - (60 + 560 / 4) < 3  # from epoch 1 of 4
     assert blue[:, 0].max() - (370 - 340 / 3) < 3  # down to a third of the height
+    metrics.draw_curves(tmp_path / "two.png", {"a": [(0, 9), (9, 9)], "b": [(0, 0), (9, 9)]}, "")
+    two = pixels(tmp_path / "two.png")
+    assert (two[:, 15:28, 340:] < 255).any() and (two[:, 32:60, 60:560] == 255).all()
     assert metrics.best_first({"mse": 0.0, "is": 1}, ("fid", "mse")) == 0.0
     assert metrics.best_first({"is": 1}, ("fid", "mse")) is None
 
