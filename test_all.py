@@ -3576,7 +3576,7 @@ JOINT = dict(gamma=.25, lam=.4, omega1=.7, omega2=1.3, joint=True, map_d_steps=5
     ("latentmap", latentmap_by_hand, JOINT | dict(recon="l1"), {}),
     ("vae", vae_by_hand, {}, dict(beta_points=3.)), ("vae", vae_by_hand, AUTHORS, {}),
     ("wae", wae_by_hand, {}, dict(lam_points=3.)),
-    ("aae", aae_by_hand, {}, dict(weight_swissroll=.6)),
+    ("aae", aae_by_hand, {}, dict(weight_points=.6)),
     ("aae", authors_aae_by_hand, AUTHORS, {}), ("introvae", introvae_by_hand, AUTHORS, {}),
     ("introvae", introvae_by_hand, {}, dict(alpha=.3, beta_points=3., margin_points=.3)),
     *(("age", age_by_hand, settings, dict(mu=3., lam=7.)) for settings in ({}, AUTHORS)),
