@@ -759,18 +759,18 @@ class UnrolledGAN(GAN):
                     for name in ("exp_avg", "exp_avg_sq")] for w in weights]
 
         def loss_at(weights):
-            rho_q, rho_p = (torch.func.functional_call(D, dict(zip(names, weights)), batch).float()
+            rho_q, rho_p = (torch.func.functional_call(D, dict(zip(names, weights)), batch)
                             for batch in (x, x_tilde))
             return gan_loss_of_d(rho_q, rho_p)
 
         with self.machine.autocast():
-            x_tilde = self.G(self.prior(len(x)))
-            loss_d = unrolled = loss_at(weights)
-            for k in range(self.config.unroll):  # D's next step is Adam's `iteration`-th
-                gradients = torch.autograd.grad(unrolled, weights, create_graph=True)
-                weights, moments = adam_step(weights, gradients, moments, self.iteration + k,
-                                             adam["lr"], adam["betas"])
-                unrolled = loss_at(weights)
+            x_tilde = self.G(self.prior(len(x))).float()
+        loss_d = unrolled = loss_at(weights)  # in float32: fp16 overflows here
+        for k in range(self.config.unroll):  # D's next step is Adam's `iteration`-th
+            gradients = torch.autograd.grad(unrolled, weights, create_graph=True)
+            weights, moments = adam_step(weights, gradients, moments, self.iteration + k,
+                                         adam["lr"], adam["betas"])
+            unrolled = loss_at(weights)
         self.machine.descend_together((self.optimiser_d, loss_d), (self.optimiser_g, -unrolled))
         return {"d": loss_d.detach(), "g": -unrolled.detach()}
 

@@ -1689,9 +1689,11 @@ class Run:
         return better
 
     def check_finite(self):
-        """Raises NotFinite for a loss not logged yet, or a weight, that is not finite."""
+        """Raises NotFinite for a loss not logged yet, a weight, or fp16's gradients."""
         self.mean_losses()
         check_finite(self.model)
+        if self.machine.scaler.get_scale() < 1e-3:  # halved by each step that it had to skip
+            raise NotFinite("fp16's gradients are not finite at any scale; use --amp bf16 or off")
 
     def save(self, name, step):
         """Writes all that resuming needs, as tensors and plain values. Every rank calls it."""

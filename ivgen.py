@@ -595,9 +595,9 @@ class GAN(nn.Module):
             if x_i is not None:
                 losses["f_ce"] = classification_loss(self.D(x_i.detach())[1], index)
                 total = total + c.mu * losses["f_ce"]           # line 12, with Sec. 5's mu for D
-            if c.loss == "wgan-gp":
-                losses["d_gp"] = gradient_penalty(lambda x: self.D(x)[0], real, fake)
-                total = total + 10 * losses["d_gp"]             # D10
+        if c.loss == "wgan-gp":                                 # in float32: fp16 overflows here
+            losses["d_gp"] = gradient_penalty(lambda x: self.D(x)[0], real, fake)
+            total = total + 10 * losses["d_gp"]                 # D10
         self.machine.descend(self.optimiser_d, total)
         if c.loss == "wgan":
             with torch.no_grad():

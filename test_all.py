@@ -2045,14 +2045,20 @@ def test_descend_moves_its_own_parameters_by_gradients_taken_before():
     assert [p.grad for p in (a, b, c)] == [None, None, None]
 
 
-def test_fp16_scales_the_losses_and_steps_an_optimiser_more_than_once():
-    machine = ivgen.Machine("cpu", "fp16")
-    machine.scaler = torch.amp.GradScaler("cpu", 64.)   # a scale at which nothing overflows
-    net, x = small_iv(e_steps=3, machine=machine)
+@pytest.mark.parametrize("make, updates, moved", [
+    (lambda: small_iv(e_steps=3), 4, "DGE"),            # D; G and E; E; E
+    (lambda: small_iv("wgan-gp"), 1, "D"),              # D's gradient of a gradient
+    (lambda: small_aim("unrolled", "mnist"), 1, "G"),   # G's, of D's five steps
+    (lambda: lm_small("alae", "mnist"), 3, "EFGD")])
+def test_fp16_scales_the_losses_and_no_step_is_left_out(make, updates, moved):
+    net, x = make()
+    net.machine = ivgen.Machine("cpu", "fp16")
+    net.machine.scaler = torch.amp.GradScaler("cpu", 64.)   # a scale at which nothing overflows
     before = copy.deepcopy(net)
     assert all(value.isfinite() for value in net.step(x).values())
-    assert machine.scaler.state_dict()["_growth_tracker"] == 4      # D; G and E; E; E
-    assert not any(alike(getattr(net, n), getattr(before, n)) for n in "DGE")
+    assert net.machine.scaler.get_scale() == 64     # halved if a gradient is not finite
+    assert net.machine.scaler.state_dict()["_growth_tracker"] == updates
+    assert not any(alike(getattr(net, n), getattr(before, n)) for n in moved)
 
 
 def test_bridges_run_from_code_to_prior():
@@ -4692,7 +4698,7 @@ def test_samples_and_fid_are_the_protocols(module, model, dataset, given, sample
 
 
 @for_each_file
-@pytest.mark.parametrize("what", ["loss", "interrupted", "weight", "buffer", "metric"])
+@pytest.mark.parametrize("what", ["loss", "interrupted", "weight", "buffer", "metric", "fp16"])
 def test_a_number_that_is_not_finite_ends_the_run(name, what, flags_of, tmp_path, monkeypatch,
                                                   capsys):
     """With exit code 3, step and name; the last good checkpoint stays, after Ctrl-C as well."""
@@ -4700,7 +4706,8 @@ def test_a_number_that_is_not_finite_ends_the_run(name, what, flags_of, tmp_path
     model = {ivgen: ivgen.IVGAN, aim: aim.AIM, latentmap: latentmap.LatentMap}[module]
     step = model.step
     evaluate = module.evaluate
-    sentence = {"weight": "the weights", "buffer": "the weights", "metric": "'mse' is inf"}
+    sentence = {"weight": "the weights", "buffer": "the weights", "metric": "'mse' is inf",
+                "fp16": "fp16's gradients"}
     sentence = sentence.get(what, r"the loss '\w+' is nan")
     at = 3 if what == "interrupted" else 4  # at 3 only the signal has it saved
 
@@ -4710,7 +4717,9 @@ def test_a_number_that_is_not_finite_ends_the_run(name, what, flags_of, tmp_path
             if what == "interrupted":
                 signal.raise_signal(signal.SIGINT)
             return {key: value * math.nan for key, value in losses.items()}
-        if self.iteration == at:
+        if self.iteration == at and what == "fp16":  # so many steps were skipped
+            self.machine.scaler = torch.amp.GradScaler("cpu", 1e-4)
+        elif self.iteration == at:
             values = self.parameters() if what == "weight" else self.buffers()
             next(value for value in values if value.is_floating_point()).data.fill_(math.inf)
         return losses
@@ -4724,6 +4733,7 @@ def test_a_number_that_is_not_finite_ends_the_run(name, what, flags_of, tmp_path
     else:
         monkeypatch.setattr(model, "step", bad_step)
     flags = flags_of(name, "--steps", 8, "--eval-every", 2, "--out", tmp_path / "run")
+    flags += ["--amp", "fp16"] * (what == "fp16")
     assert cli(module, *flags) == 3
     said = capsys.readouterr().err.splitlines()[-1]
     end = "; the last good checkpoint is .*/run/last.pt$"
