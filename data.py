@@ -183,7 +183,7 @@ def on_signals(handler):
 def random_state_kept(seed=None):
     """Whatever is drawn inside (from `seed`, if given), the caller's random numbers go on after it
     as if nothing had been."""
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices):
         if seed is not None:
             torch.manual_seed(seed)
@@ -1519,9 +1519,10 @@ class Run:
         torch.manual_seed(self.settings.seed + 1000 * self.rank)  # each rank has its own noise
         if self.checkpoint:
             self.put_back(self.checkpoint)
-        for parameter in model.parameters() if self.world > 1 else ():
+        for parameter in model.parameters():
             # so an optimiser descends the mean loss of the joint batch, and no model knows of ranks
-            parameter.register_post_accumulate_grad_hook(lambda p: average(p.grad))
+            if self.world > 1 and parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(lambda p: average(p.grad))
         if model.iteration == steps and self.main:
             print(f"the run is at step {steps} already; --steps beyond that would continue it",
                   file=sys.stderr)
@@ -1768,11 +1769,13 @@ def run_table(argv, file, tables, main):
     waiting = {run["folder"] for run in runs if not is_finished(run, table)}
     lines, text = table_text(name, table, runs, waiting)
     text += ["", *table_notes(table, flags, runs, lines, waiting, missing)]
-    if lines:
+    main_rank = from_environment("RANK", "0") == 0
+    if lines and main_rank:
         save_atomic("\n".join(text) + "\n", folder / "table.md", write_text)
         numbers = "".join(json.dumps(line) + "\n" for line in lines)
         save_atomic(numbers, folder / "results.jsonl", write_text)
-    print("\n".join(text))
+    if main_rank:
+        print("\n".join(text))
     return 2 if missing and not lines else 0
 
 
@@ -1844,6 +1847,8 @@ def train_runs(runs, here, table, main):
             if table.get("probe"):
                 main([*resume, "--probe", table["probe"]])
         except (UserError, NotFinite) as error:
+            if dist.is_initialized():  # the other ranks may not have met it
+                raise
             missing[run["folder"]] = str(error)
     return missing
 

@@ -5190,6 +5190,18 @@ def test_two_processes_train_one_model_and_resume_bit_for_bit(name, two_ranks, f
     assert ratio == pytest.approx(2, rel=.01)
 
 
+def test_a_row_that_fails_under_torchrun_ends_the_table(tmp_path, monkeypatch):
+    """Only one rank may have met it; alone, a table goes on with its next row."""
+    def fails(argv):
+        raise data.UserError("only here")
+
+    runs = [dict(row="a", dataset="x", seed=0, flags=[], folder=tmp_path / "a")]
+    assert data.train_runs(runs, [], {}, fails) == {tmp_path / "a": "only here"}
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    with refuses("only here"):
+        data.train_runs(runs, [], {}, fails)
+
+
 def test_gradients_of_unlike_ranks_are_averaged_however_weights_lie(tmp_path, monkeypatch):
     """Rank 0 of two: the other's are twice ours, the mean 1.5 times ours. Fused Adam walks memory:
     of a gradient laid out otherwise than its weight it would apply each number to another."""
@@ -5201,13 +5213,15 @@ def test_gradients_of_unlike_ranks_are_averaged_however_weights_lie(tmp_path, mo
     plain = nn.Conv2d(3, 4, 4)
     net = copy.deepcopy(plain).to(memory_format=torch.channels_last)
     net.iteration = 0
+    net.register_parameter("frozen", nn.Parameter(torch.ones(2), requires_grad=False))
     net.machine = ivgen.Machine()
     data.Run(tmp_path, "ivgen", ivgen.preset(), net.machine).begin(net, None, 9)
     strides = []
     net.weight.register_post_accumulate_grad_hook(lambda p: strides.append(p.grad.stride()))
-    net.machine.descend(torch.optim.SGD(net.parameters(), .1), net(x).square().mean())
+    trained = [net.weight, net.bias]
+    net.machine.descend(torch.optim.SGD(trained, .1), net(x).square().mean())
     plain(x).square().mean().backward()
-    for a, b in zip(net.parameters(), plain.parameters()):
+    for a, b in zip(trained, plain.parameters()):
         torch.testing.assert_close(a, b - .15 * b.grad)
     assert strides == [net.weight.stride()] and strides != [plain.weight.stride()]
 
@@ -5491,6 +5505,9 @@ def test_a_table_by_one_command(module, name, flags, metric, pictures, monkeypat
     mean = data.measured([dict(folder=f, seed=n, command="") for n, f in enumerate(
         sorted(path.parent for path in (tmp_path / "t").glob("*/log.jsonl")))], metric, table)
     assert mean["n_seeds"] == 2 and mean["value"] == pytest.approx(sum(mean["each"]) / 2)
+    monkeypatch.setenv("RANK", "1")  # another than the first prints and writes nothing
+    assert cli(module, *command) == 0 and not capsys.readouterr().out
+    monkeypatch.delenv("RANK")
     found = (tmp_path / "t/results.jsonl").read_text()
     other = found.replace(f"{module.FILE}-table{name}", "another table")
     for line in lines:  # fcd in the place of fid is not what was published
