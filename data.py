@@ -279,6 +279,7 @@ def load(name, root="data", size=None, split="train"):
     Raises UserError for an unknown name, a set that cannot be had, a folder that cannot be used.
     """
     name = str(name)
+    root = os.path.expanduser(root)
     if split not in ("train", "test"):
         raise UserError(f"there is no split '{split}': it is train or test")
     if size is not None and not 8 <= size <= 8192:
@@ -732,22 +733,23 @@ def _lsun(root, size, split):
         raise UserError(f"lsun-church has no {file}: unpack {folder}.zip from "
                         f"http://dl.yf.io/lsun/scenes/ in {root}")
     damaged = UserError(f"{file} is damaged or was copied in part: unpack {folder}.zip again")
+    options = dict(readonly=True, lock=False, readahead=False, meminit=False)
     try:
-        env = lmdb.open(str(file.parent), readonly=True, lock=False, readahead=False, meminit=False)
-        if file.stat().st_size < (env.info()["last_pgno"] + 1) * env.stat()["psize"]:
-            raise damaged  # lmdb maps the file: to read beyond its end would kill the process.
-        with env.begin() as transaction:
-            keys = list(transaction.cursor().iternext(keys=True, values=False))
+        with lmdb.open(str(file.parent), **options) as env:
+            if file.stat().st_size < (env.info()["last_pgno"] + 1) * env.stat()["psize"]:
+                raise damaged  # lmdb maps the file: to read beyond its end would kill the process.
+            with env.begin() as transaction:
+                keys = list(transaction.cursor().iternext(keys=True, values=False))
+
+            def read(key):
+                with env.begin() as transaction:  # Each has its own: it may not change threads.
+                    return io.BytesIO(transaction.get(key))
+
+            if not keys:
+                raise damaged
+            return _pictures("lsun-church", split, file, keys, root, size, read=read)
     except lmdb.Error:
         raise damaged from None
-
-    def read(key):
-        with env.begin() as transaction:  # Each picture has its own: it may not change threads.
-            return io.BytesIO(transaction.get(key))
-
-    if not keys:
-        raise damaged
-    return _pictures("lsun-church", split, file, keys, root, size, read=read)
 
 
 # ---- Folders of pictures, cached -----------------------------------------------------------------
@@ -770,6 +772,9 @@ def _folder(folder, root, size, split):
         if any(find_pictures(inside[name]) for name in beside if not name.startswith(".")):
             raise UserError(f"{folder} has pictures in train/ and beside it, in "
                             f"{', '.join(beside)}: are these classes, rename train; else move them")
+        loose = [entry for entry in folder.iterdir() if entry.name.lower().endswith(SUFFIXES)]
+        if loose:
+            say(f"{folder}: {len(loose)} pictures beside train/ are left out")
     files = pictures_of(base)
     found = _classes(base, files)
     # The training split numbers the classes, whatever the test split has of them.
@@ -834,7 +839,7 @@ def cache_dir(root):
     The mode bits count as well as the system's answer, since the superuser may write anywhere.
     Raises UserError if neither place will do.
     """
-    for place in (Path(root), Path("data")):
+    for place in (Path(os.path.expanduser(root)), Path("data")):
         folder = place / "cache"
         with contextlib.suppress(OSError):
             place.mkdir(parents=True, exist_ok=True)
@@ -852,14 +857,15 @@ def _pictures(name, split, source, items, root, size, crop=None, read=None):
     which source and size, `stamp` inside it which files: after a change it is replaced. A set has
     to fit in memory only when it is decoded; later only the pages in use do.
     """
-    digest = hashlib.sha1(f"2 {crop}".encode())  # Count the 2 up when pictures are read otherwise.
+    digest = hashlib.sha1(f"3 {crop}".encode())  # Count the 3 up when pictures are read otherwise.
     for path in [source] if read else items:
         with contextlib.suppress(OSError):  # What is missing is named when all are read.
             status = os.stat(path)
             digest.update(os.fsencode(f"\n{path} {status.st_size} {status.st_mtime_ns}"))
     stamp = digest.hexdigest()
     key = hashlib.sha1(os.fsencode(os.path.abspath(source))).hexdigest()[:8]
-    path = cache_dir(root) / f"{name}-{split}-{size or 'native'}-{key}.pt"
+    plain = name.encode(errors="replace").decode()  # torch maps no file whose name is not UTF-8
+    path = cache_dir(root) / f"{plain}-{split}-{size or 'native'}-{key}.pt"
     if path.exists():
         try:
             saved = read_saved(path, mmap=True)
@@ -927,8 +933,8 @@ def read_pictures(name, items, size=None, crop=None, read=None, changed=None):
     bad = []
     pool = ThreadPoolExecutor(min(16, os.cpu_count()))  # Pillow lets go of Python's lock.
     try:
-        for start in range(0, len(items), 256):  # No more than these wait to be taken.
-            for picture, remarks in pool.map(attempt, items[start : start + 256]):
+        for start in range(0, len(items), 64):  # No more than these wait to be taken.
+            for picture, remarks in pool.map(attempt, items[start : start + 64]):
                 if picture is None:
                     bad += remarks
                 else:
@@ -963,7 +969,7 @@ def read_picture(file, size=None, crop=None):
     with Image.open(file, formats=FORMATS) as image:
         if min(image.size) < 8:
             raise ValueError(f"{image.width}x{image.height} pixels: too few")
-        if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
             raise ValueError(f"{image.width}x{image.height} pixels: too many")
         image = _plain(image, changes)
     if crop:
@@ -986,15 +992,19 @@ def _plain(image, changes):
     if ";16" in str(image.tile) or image.mode.startswith("I"):
         changes.append("16 bits, scaled to 8")
     image.load()
-    if image.getexif().get(ExifTags.Base.Orientation) in range(2, 9):
-        changes.append("turned upright")
-    image = ImageOps.exif_transpose(image)
+    with contextlib.suppress(SyntaxError):  # EXIF that is no EXIF turns nothing
+        if image.getexif().get(ExifTags.Base.Orientation) in range(2, 9):
+            changes.append("turned upright")
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # which Pillow's own conversion clips at 255
-        values = np.asarray(image).clip(0, 65535)
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError("32-bit numbers, which have no fixed range")
         if values.max() < 4096:
             changes.append("nearly black, as no value of 65,535 is above 4,095: rescale them")
         return Image.fromarray((values / 257).round().astype(np.uint8))
-    grey = image.mode in ("1", "L", "LA")
+    palette = image.getpalette() or [0, 1, 2]  # red, green, blue, red, ...
+    grey = image.mode in ("1", "L", "LA") or palette[::3] == palette[1::3] == palette[2::3]
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
         image = image.convert("RGBA")
         if image.getextrema()[3][0] < 255:
@@ -1375,6 +1385,8 @@ def run_folder(args, default):
     Raises UserError if it holds something else than the run that is to be continued in it.
     """
     out = Path(os.path.expanduser(args.out or default))
+    if out.name in ("", ".."):  # to which no -2 can be put
+        out = out.resolve()
     if args.resume is None:
         names = (out if n == 1 else out.with_name(f"{out.name}-{n}") for n in itertools.count(1))
         return next(name for name in names if not is_taken(name))
@@ -1663,7 +1675,8 @@ class Run:
         for name in ("samples", "recon") if self.board else ():
             path = self.folder / f"{name}/{step:06d}.png"
             if path.exists():
-                self.board.add_image(name, read_picture(path)[0], step)
+                picture = np.asarray(Image.open(path).convert("RGB"))  # however large it is
+                self.board.add_image(name, picture, step, dataformats="HWC")
         shown = {k: f"{v:.4g}" if isinstance(v, (int, float)) else v for k, v in metrics.items()
                  if k != "protocol" and not isinstance(v, list)}
         print("\r\033[K" if sys.stderr.isatty() else "", end="", file=sys.stderr, flush=True)
@@ -1982,6 +1995,7 @@ def main(argv=None):
     folder = Path(os.path.expanduser(args.name)).resolve()
     if args.out and not args.out.lower().endswith(".png"):
         raise UserError(f"--out {args.out} is no name for the sheet: it has to end in .png")
+    args.out = os.path.expanduser(args.out or "")
     inside = Path(args.out or "sheet.png").resolve().is_relative_to(folder)
     if args.name not in IMAGE_SETS + POINT_SETS and inside:
         raise UserError(f"the sheet would be one of the pictures in {folder}: give another --out")

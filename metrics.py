@@ -215,7 +215,7 @@ class Inception(nn.Module):
 
 def inception_state(weights):
     """The tensors of the genuine weights, downloaded ("auto") or of a path; UserError otherwise."""
-    path = Path(weights)
+    path = Path(os.path.expanduser(weights))
     if weights == "auto":  # torch.hub checks what it downloads, not what lies there already
         path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
     if weights == "auto" and not path.is_file():
@@ -352,6 +352,7 @@ class InceptionFeatures:
     @torch.no_grad()
     def __call__(self, images):
         bf16 = torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp == "bf16")
+        float32 = torch.autocast(self.device.type, enabled=False)
         parts = []
         for start in range(0, len(images), 64):  # 64 pictures of 299x299 need some 2 GB
             x = stack_images(images[start : start + 64],
@@ -359,7 +360,7 @@ class InceptionFeatures:
             with full_float32(), bf16:
                 parts.append(self.net(x.contiguous(memory_format=torch.channels_last)).float())
         features = torch.cat(parts)
-        with full_float32():  # no bias: "logits_unbiased" of the original score
+        with full_float32(), float32:  # no bias: "logits_unbiased" of the original score
             return features, features @ self.net.fc.weight.T
 
 
@@ -900,14 +901,15 @@ class ClassifierFeatures:
 
     Ours or, with recipe=LI, Li et al.'s: trained on `train`, its `accuracy` that on `test`, cached
     under `root`. Images: a batch (B, C, H, W), or a list of (C, H, W) of any sizes. Stacked sets
-    have the classifier of their digits. UserError for sets without labels.
+    have the classifier of their digits. UserError for sets without labels of two classes.
     """
 
     metric = "fcd"
 
     def __init__(self, train, test, device="cpu", root="data", recipe=None):
         if not (is_labelled(train) and is_labelled(test)):
-            raise UserError(f"{train.name} has no labels, which a classifier (and so fcd) needs")
+            raise UserError(f"{train.name} has no labels, or of one class only, in train or test: "
+                            "a classifier (and so fcd) needs them")
         self.device = torch.device(device)
         self.recipe = recipe or classifier_recipe(train.x.shape[1], self.device)
         self.dim = self.recipe["features"]
@@ -966,7 +968,7 @@ class Evaluator:
     """What training loops report of images, for a model given as two functions.
 
     train, test: data.Dataset of images. size: the model's pixels. samples: how many are drawn.
-    inception: None (no fid), "auto" or a path of the weights; amp: the precision of its features.
+    inception: None (no fid), "auto" or a path of the weights.
     Labelled sets get a classifier, and with it fcd, is, ...; li: Li et al.'s too. They are
     trained once and, as all statistics, cached under `root`. The reference is at most 10,000 real
     test images at `size`; that of fid is `fid_on_train` training images, or FID_ON_TRAIN's.
@@ -974,7 +976,7 @@ class Evaluator:
     """
 
     def __init__(self, train, test, size, device="cpu", root="data", samples=10_000, inception=None,
-                 batch=250, amp=None, fid_on_train=None, li=False):
+                 batch=250, fid_on_train=None, li=False):
         if train.x.dtype != torch.uint8:
             raise ValueError(f"an Evaluator is for images, and {train.name} holds points")
         if li and test.channels != LI["channels"]:
@@ -992,7 +994,7 @@ class Evaluator:
             raise UserError(f"an evaluation needs {least} samples and test images, not {samples} "
                             f"and {self.count}")
         # Inception comes first: its weights may be missing, and a classifier takes a minute.
-        self.extractors = [InceptionFeatures(inception, device, amp=amp)] if inception else []
+        self.extractors = [InceptionFeatures(inception, device)] if inception else []
         self.classifier = None
         if labelled:
             self.present = train.y.unique()  # labels without a picture have no share
@@ -1000,7 +1002,8 @@ class Evaluator:
             if not test.stacked:
                 self.extractors.insert(0, self.classifier)
         elif not inception:
-            print(f"{train.name} has no labels: only Inception can score samples", file=sys.stderr)
+            print(f"{train.name} has no labels, or of one class only, in train or test: only "
+                  "Inception can score samples", file=sys.stderr)
         self.li = ClassifierFeatures(train, test, device, root, LI) if li else None
         self.reference = {extract.metric: (test, self.count) for extract in self.extractors}
         fid_on_train = fid_on_train or FID_ON_TRAIN.get(train.name)
@@ -1531,6 +1534,9 @@ def run(args):
     extractors = features_for(wanted, sources, names[0], device, args)
     for source in sources:
         check_source(source, [], extractors)
+    if saving and sources[0].n is None:
+        raise UserError(f"{names[0]} does not say of how many pictures it is: stats needs the "
+                        "pictures, or a .pt")
     if saving:
         return save_statistics(sources[0], extractors[0], out, args)
     results = [compare(*sources, extract, wanted, args) for extract in extractors]

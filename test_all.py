@@ -545,7 +545,7 @@ def test_lsun_is_read_from_lmdb(damage, says, tmp_path, monkeypatch):
         stored[b"key%d" % i] = picture.getvalue()
     lmdb = mock.MagicMock(Error=type("Error", (Exception,), {}))
     lmdb.open.side_effect = lmdb.Error if damage == "not opened" else None
-    env = lmdb.open.return_value
+    env = lmdb.open.return_value.__enter__.return_value
     env.info.return_value = env.stat.return_value = dict(last_pgno=1, psize=4096)
     transaction = env.begin.return_value.__enter__.return_value
     transaction.get = stored.get
@@ -565,6 +565,7 @@ def test_lsun_is_read_from_lmdb(damage, says, tmp_path, monkeypatch):
     got = data.load("lsun-church", "root")
     assert got.x.shape == (3, 3, 64, 64) and got.x[2, :, 5, 5].tolist() == [20, 20, 30]
     assert got.y is None and os.listdir() == ["root"]  # No pickle of the keys lies here.
+    lmdb.open.return_value.__exit__.assert_called_once()  # It cannot be opened twice.
 
 
 def test_folders_with_and_without_classes(tmp_path):
@@ -584,7 +585,7 @@ def test_folders_with_and_without_classes(tmp_path):
     assert got.x.shape == (7, 3, 16, 16)
 
 
-def test_train_and_test_number_their_classes_alike(tmp_path):
+def test_train_and_test_number_their_classes_alike(tmp_path, capsys):
     zoo = tmp_path / "zoo"
     for name in ("ant", "bee", "cow"):
         save_pictures(zoo / "Train" / name, 2)
@@ -602,6 +603,10 @@ def test_train_and_test_number_their_classes_alike(tmp_path):
         save_pictures(tmp_path / "halves" / part, 1)
     with refuses("test has pictures of its own, but .*train has none"):
         data.load(tmp_path / "halves", tmp_path / "root", split="test")
+    save_pictures(tmp_path / "halves", 3)
+    capsys.readouterr()
+    data.load(tmp_path / "halves" / ".." / "halves", tmp_path / "root")
+    assert "3 pictures beside train/ are left out" in capsys.readouterr().err
     save_pictures(zoo / "bus", 2)  # A class called train hides no other.
     with refuses("has pictures in train/ and beside it, in bus"):
         data.load(zoo, tmp_path)
@@ -677,11 +682,16 @@ def test_unusual_pictures(tmp_path):
     palette = Image.new("P", (16, 16), 1)
     palette.putpalette([0, 0, 0, 10, 20, 30])
     assert read(palette)[:, 3, 3].tolist() == [10, 20, 30]
+    palette.putpalette([0, 0, 0, 70, 70, 70])
+    assert read(palette, "gif").shape == (1, 16, 16) and (read(palette, "gif") == 70).all()
     assert set(read(Image.new("1", (16, 16), 1)).flatten()) == {255}
     said = "transparent, laid over white"
     got = read(Image.new("RGBA", (16, 16), (255, 0, 0, 0)))
     assert got.shape == (3, 16, 16) and (got == 255).all()  # What is invisible is white.
     assert (read(palette, transparency=1) == 255).all()
+    said = ""
+    for suffix in ("png", "webp", "jpg"):  # EXIF that is none
+        assert read(Image.new("L", (16, 16), 9), suffix, exif=b"Exif\0\0garbage!").max() < 12
     said = "16 bits, scaled to 8"
     sixteen = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
     got = read(Image.fromarray(sixteen))
@@ -696,7 +706,11 @@ def test_unusual_pictures(tmp_path):
     assert got[:, 3, 3].tolist() == [200, 50, 0] and changes == [said]
     said = "nearly black, as no value of 65,535 is above"
     assert read(Image.fromarray(sixteen // 16)).max() == 16  # 12 bits stored in 16
-    assert read(Image.fromarray(sixteen.astype(np.int32) // 256), "tif").max() == 1
+    wide = sixteen.astype(np.int32)
+    assert read(Image.fromarray(wide // 256), "tif").max() == 1
+    for values in (2 * wide, wide - 9):
+        with pytest.raises(ValueError, match="32-bit numbers, which have no fixed range"):
+            read(Image.fromarray(values), "tif")
     said = "turned upright"
     rows = np.repeat(np.uint8([[0], [255]]), [8, 8], 0)  # black above white
     exif = Image.Exif()
@@ -865,6 +879,12 @@ def test_a_name_is_the_same_from_anywhere(tmp_path, monkeypatch, capsys):
     assert [data.whole_name(name) for name in ("mnist", "ring8")] == ["mnist", "ring8"]
     for name in ("cats", "./cats/", "~/cats", tmp_path / "cats"):
         assert data.whole_name(name) == str(tmp_path / "cats")
+    assert data.cache_dir("~/of") == tmp_path / "of/cache"
+    monkeypatch.setitem(sys.modules, "lmdb", mock.MagicMock())
+    with refuses(f"no {tmp_path}/none/church_outdoor"):
+        data.load("lsun-church", "~/none")
+    with refuses(f"{tmp_path}/w.pth"):
+        metrics.load_inception("~/w.pth")
     assert data.whole_name("link") == str(tmp_path / "link") and not capsys.readouterr().err
     (tmp_path / "ring8").mkdir()
     assert data.whole_name("ring8") == "ring8" and data.whole_name("./ring8") == f"{tmp_path}/ring8"
@@ -1318,6 +1338,8 @@ def test_features_of_a_list_of_sizes_are_those_of_each_alone(genuine, random_inc
         alone = extract(image[None])[0][0]
         assert (features[i] - alone).norm() / alone.norm() < 1e-5
     torch.testing.assert_close(logits, features @ state["fc.weight"].T)  # no bias
+    with torch.autocast("cpu", torch.bfloat16):  # of the caller, whose features are float32, too
+        assert torch.equal(extract(images)[1], logits)
     rough = metrics.InceptionFeatures(path, amp="bf16")
     error = (rough(images)[0] - features).norm() / features.norm()
     assert 1e-4 < error < 0.2 and "bf16" in rough.name and rough.key != extract.key
@@ -1585,7 +1607,7 @@ def test_evaluator_of_an_unlabelled_set_measures_reconstructions_only(sets, cach
 
     bare = data.Dataset("bare", "train", sets[0].x[:50], None, 0)
     evaluator = metrics.Evaluator(bare, bare, 16, root=cache, samples=50)
-    assert "bare has no labels" in capsys.readouterr().err
+    assert "bare has no labels, or of one class only" in capsys.readouterr().err
     assert evaluator(never, lambda x: x) == {
         "mse_pm1": 0.0, "mse": 0.0, "mse_std": 0.0, "protocol": "mse: 50 train images, 16x16"}
     result = evaluator(None, lambda x: x + 2 * bright(x))
@@ -1847,6 +1869,8 @@ def test_command_line_takes_arrays_and_pytorch_fids_statistics(quick_inception, 
     assert result["fid"] == pytest.approx(grey, rel=1e-6)
     assert "b.npz (n=unknown; count, flavour and weights are the file's own" in result["protocol"]
     assert compared(capsys, "stats", b, tmp_path / "b.npz")[0] == 0  # of the same kind: replaced
+    with refuses("b.npz does not say of how many pictures it is"):
+        metrics.main(["stats", str(tmp_path / "b.npz"), str(tmp_path / "c.pt")])
 
 
 def with_saved(**changed):
@@ -4363,6 +4387,12 @@ def test_a_new_run_takes_the_first_free_name(name, flags_of, tmp_path, monkeypat
     assert cli(module, *flags_of(name, "--out", "a")) == 0
     assert capsys.readouterr().out == "run: a-2\n"
     shutil.rmtree("mine")
+    monkeypatch.chdir(tmp_path / "a")
+    for out, folder in ((".", "a-3"), ("..", f"{tmp_path.name}-2")):
+        (tmp_path / "config.json").write_text("")
+        assert cli(module, *flags_of(name, "--out", out)) == 0
+        assert capsys.readouterr().out.endswith(f"/{folder}\n")
+    monkeypatch.chdir(tmp_path)
     for folder, out in (("mine", ("--out", "mine")), (usual, ())):
         for number in ("", "-2", "-3"):
             assert cli(module, *flags_of(name, "--seed", 5, *out)) == 0
@@ -4526,7 +4556,7 @@ def test_tensorboard_gets_scalars_and_pictures_or_one_sentence(flags_of, tmp_pat
     assert told["add_scalar"] == logged and {("mse", 2), ("mse", 3)} <= logged.keys()
     shown = told["add_image"]
     assert shown.keys() == {(key, step) for key in ("samples", "recon") for step in (2, 3)}
-    assert all(image.dtype == np.uint8 and image.shape[0] in (1, 3) for image in shown.values())
+    assert all(image.dtype == np.uint8 and image.shape[2] == 3 for image in shown.values())
     assert last == mock.call.close()
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     fails("--tensorboard needs a package: pip install tensorboard", aim, *flags, tmp_path / "2")
