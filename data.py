@@ -147,13 +147,16 @@ def run_command(main, argv=None):
     sys.stdout, sys.stderr = map(Steady, streams)
     handlers = on_signals(stop)
     name = Path(sys.argv[0]).name
+    together = False  # whether all ranks come to the end: NCCL would wait for those that do not
     try:
         code = main(argv) or 0
+        together = True
         sys.stdout.flush()
         if not isinstance(sys.stdout.error, BrokenPipeError | None):
             raise UserError(f"what was printed is not whole ({sys.stdout.error})")
         return code
     except (Exception, Interrupted) as error:
+        together = isinstance(error, Interrupted)
         sentence = what_to_mend(error)
         if sentence is None:
             raise
@@ -165,7 +168,7 @@ def run_command(main, argv=None):
             signal.signal(number, handler)
         sys.stdout.flush()
         sys.stdout, sys.stderr = streams
-        if dist.is_initialized():
+        if together and dist.is_initialized():
             dist.destroy_process_group()
 
 
@@ -1053,11 +1056,14 @@ def hardware(device="auto", amp="auto"):
     world = from_environment("WORLD_SIZE", "1")
     if from_environment("RANK", "0") >= world:
         raise UserError("the environment's RANK is not below its WORLD_SIZE; use torchrun")
+    if world > 1 and name.startswith("cuda") and device not in ("auto", "cuda"):
+        raise UserError(f"--device {device} is one GPU for {world} ranks; give --device cuda")
     if world > 1 and not dist.is_initialized():
         try:  # The ranks meet soon or never. Later the others wait while rank 0 evaluates.
             soon = datetime.timedelta(seconds=20)  # of which torch may take twice
             store, rank, world = next(dist.rendezvous("env://", timeout=soon))
             dist.init_process_group(backend, store=store, rank=rank, world_size=world,
+                                    device_id=torch.device(name) if backend == "nccl" else None,
                                     timeout=datetime.timedelta(hours=4))
         except (RuntimeError, ValueError) as error:
             raise UserError(f"the other ranks cannot be joined ({first_line(error)}); "
@@ -1206,6 +1212,9 @@ def parse(argv, file, about, preset, extra=None, tables=()):
     for name, value in (("--sample", args.sample), ("--bench", args.bench)):
         if value is not None and not 0 < value < 2**31:
             raise UserError(f"{name} {value} is out of range: 1 or more")
+    alone = args.sample or args.bench or getattr(args, "probe", None)
+    if alone and from_environment("WORLD_SIZE", "1") > 1:
+        raise UserError("--sample, --bench and --probe are for one process: leave torchrun out")
     if args.sample and not checkpoint:
         raise UserError("--sample needs --resume RUN, the run to draw from")
     free = (*FREE, "seed") if args.sample else FREE
@@ -1665,7 +1674,10 @@ class Run:
 
     def report(self, step, metrics):
         """Logs an evaluation, and says it in a line that a person reads."""
-        precision = {"off": "float32"}.get(self.machine.amp, self.machine.amp)
+        precision = self.machine.amp
+        if precision == "off":  # on such a GPU `hardware` has asked for tf32
+            cuda = self.machine.device.type == "cuda"
+            precision = "tf32" if cuda and multiplies_bf16(self.machine.device) else "float32"
         measured = metrics.get("protocol", "")
         if measured != self.protocol:
             self.best = None  # scores by two protocols do not compare

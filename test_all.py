@@ -4921,6 +4921,25 @@ def test_devices_and_ranks_that_are_not_there(module, fails, monkeypatch):
             fails(f"the environment has {name}=two, which is no", module, "--device", device)
     monkeypatch.setenv("RANK", "1")
     fails("RANK is not below its WORLD_SIZE", module)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for flags in (("--bench", 3), ("--sample", 3)):
+        fails("--probe are for one process: leave torchrun out", module, *flags)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch, "empty", lambda *_, **options: torch.zeros(1))
+    fails("cuda:1 is one GPU for 2 ranks; give --device cuda", module, "--device", "cuda:1")
+
+
+def test_ranks_part_together_or_not_at_all(monkeypatch):
+    """After a mistake that one rank met NCCL would wait for the others, who wait for it."""
+    left = mock.MagicMock()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", left)
+    for end, code in (([0], 0), (data.UserError("only here"), 2),
+                      (data.Interrupted("agreed upon", signal.SIGINT), 130)):
+        left.reset_mock()
+        assert data.run_command(mock.Mock(side_effect=end)) == code
+        assert left.called == (code != 2)
 
 
 def test_ranks_that_do_not_meet_or_are_lost(tmp_path):
@@ -5110,7 +5129,12 @@ def test_auto_precision_is_bf16_wherever_the_hardware_has_it(amx, avx512, capabi
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     if capability is None:
         assert data.hardware("cpu", "auto") == ("cpu", precision)
-    assert data.multiplies_bf16("cuda:0" if capability else "cpu") is (precision == "bf16")
+    device = "cuda:0" if capability else "cpu"
+    assert data.multiplies_bf16(device) is (precision == "bf16")
+    run = mock.MagicMock(machine=ivgen.Machine(device), board=None)
+    data.Run.report(run, 1, {"protocol": "p"})
+    full = "tf32" if capability and precision == "bf16" else "float32"  # of all but bf16
+    assert run.log.call_args.kwargs["protocol"] == f"p; trained in {full}"
     assert data.hardware("cpu", "fp16") == ("cpu", "fp16")  # never by itself, but on demand
 
 
@@ -5355,8 +5379,11 @@ def test_every_weight_is_in_an_optimiser_at_its_rate(module, model, dataset):
 
 
 @for_every_model
-def test_no_tensor_of_a_step_is_left_on_the_cpu(module, model, dataset, monkeypatch):
-    """On a pretended CUDA device: shapes and devices are followed and checked, without numbers."""
+def test_a_step_on_cuda_waits_for_nothing(module, model, dataset, monkeypatch):
+    """On a pretended CUDA device, in bf16: shapes, devices, types are followed, without numbers.
+
+    A step that waited for a number would be refused, as there is none.
+    """
     def to(self, device=None, memory_format=None):  # Module.to cannot move pretended tensors.
         for part in self.modules():
             for name, p in part._parameters.items():
@@ -5375,11 +5402,24 @@ def test_no_tensor_of_a_step_is_left_on_the_cpu(module, model, dataset, monkeypa
         for parameter, gradient in zip(inputs, grad(loss, inputs)):
             parameter.grad = gradient
 
+    @contextlib.contextmanager
+    def autocast():  # torch.autocast itself wants a real device.
+        before = torch.is_autocast_enabled("cuda")
+        torch.set_autocast_enabled("cuda", True)
+        torch.set_autocast_dtype("cuda", torch.bfloat16)
+        torch.autocast_increment_nesting()
+        try:
+            yield
+        finally:
+            if torch.autocast_decrement_nesting() == 0:
+                torch.clear_autocast_cache()
+            torch.set_autocast_enabled("cuda", before)
+
     config = tiny_config(module, model, dataset)
     shape = (8, 1, config.size, config.size) if config.size else (8, 2)
     machine = module.Machine()
     machine.device = torch.device("cuda:0")
-    machine.autocast = contextlib.nullcontext
+    machine.autocast = autocast
     monkeypatch.setattr(nn.Module, "to", to)
     monkeypatch.setattr(torch.autograd, "grad", grad)
     monkeypatch.setattr(torch.Tensor, "backward", backward)
@@ -5391,6 +5431,7 @@ def test_no_tensor_of_a_step_is_left_on_the_cpu(module, model, dataset, monkeypa
         if net.E is not None:  # When evaluating, x is on the CPU.
             seen += [net.encode(torch.zeros(shape)), net.decode(net.encode(torch.zeros(shape)))]
         assert {value.device.type for value in seen} == {"cuda"}
+        assert {value.dtype for value in seen} == {torch.float32}
 
 
 # ---- the house -----------------------------------------------------------------------------------
