@@ -170,7 +170,8 @@ class Machine:
 # D13 | quotes VEEGAN, Unrolled    | trained, and PacGAN; losses as in their authors'    | --model
 #       code for points. VEEGAN's F: an E with sigma = 1. Packs: of a batch; theirs, of all data.
 # D14 | quoted rows: own settings  | AIM's, so that rows compare (D4), or their authors' | --authors
-#       (of ALICE on images too, with its cycle of codes). But G has no noise beside z.
+#       (of ALICE on images too, with its cycle of codes). But G has no noise beside z, and packs
+#       are those of D13. Unrolled GAN's are those of its authors' notebook.
 # D15 | silent on the MSE's scale  | `mse`: of pixels in [0, 1]; `mse_pm1`: in [-1, 1]   | -
 
 # --------------------------------------------------------------------------------------- settings

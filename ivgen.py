@@ -171,12 +171,15 @@ class Machine:
 # | D20 | its own networks, 28 pixels  | Table 1's, or the source's                     |--network |
 #         The source has no f, no E: f is D's second head, E has D's convolutions, as in Table 1.
 # | D21 | DCGAN: pixels in [0, 1]      | [-1, 1], as G ends in tanh; else as the source |--network |
-#         z ~ U[-1, 1]^d, Adam 2e-4, two steps of G on one z. The IV systems need z ~ N(0, I).
+#         z ~ U[-1, 1]^d, Adam 2e-4, two steps of G on one z. The IV systems need z ~ N(0, I). But
+#         BN's scales start at N(1, .02), as in Table 1; there at 1.
 # | D22 | 128,000 fixed triples        | new ones every epoch                           |--triples |
 #         Packs are fixed there, too; here each image is packed with others of its batch.
 # | D23 | batch 10, z ~ N(0, I)^256    | 64 and N(0, I)^100, as the IV systems          |--batch ..|
+#         There G foresees D from where D has just moved to; here, as in the paper, from before.
 # | D24 | stacked-MNIST code not found | D and F of the same author's ALI               |          |
-#         F without its last tanh, since codes are not bounded; Adam 2e-4, the ALI's.
+#         F without its last tanh, since codes are not bounded, and with torch's initial weights
+#         (there Xavier's); Adam 2e-4, the ALI's.
 
 IV = ("ivdcgan", "ivlsgan")
 WITH_E = ("mrgan", *IV)
