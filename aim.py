@@ -690,7 +690,7 @@ class GAN(nn.Module):
         if self.config.decay == "sqrt" and self.steps_per_epoch:
             return alpha / math.sqrt(1 + self.iteration // self.steps_per_epoch)
         if self.config.decay == "linear" and self.steps:
-            return alpha * min(1.0, 2 - 2 * self.iteration / self.steps)
+            return alpha * max(0.0, min(1.0, 2 - 2 * self.iteration / self.steps))
         return alpha
 
     def prior(self, n):
@@ -975,7 +975,8 @@ def figures_images(model, folder, step, x, y, classes):
     z = mu[:1].cpu().repeat(model.latent, 10, 1)  # (d, 10, d): row i varies number i (Sec. 5.4)
     every = torch.arange(model.latent)
     z[every, :, every] = torch.linspace(-2, 2, 10)
-    save_grid(folder / f"figures/traversals-{step:06d}.png", model.decode(z.flatten(0, 1)))
+    decoded = torch.cat([model.decode(part) for part in z.flatten(0, 1).split(250)])
+    save_grid(folder / f"figures/traversals-{step:06d}.png", decoded)
     if model.latent == 2:  # Fig. 4, which Sec. 5.4 calls Fig. 10
         ramp = torch.linspace(-2, 2, 20)
         lattice = torch.stack(torch.meshgrid(ramp, -ramp, indexing="xy"), -1).flatten(0, 1)
@@ -999,7 +1000,8 @@ TABLES = {
                  ("inception score, CIFAR-10", "cifar10", "is_inception")],
         rows={"GAN": ("--model gan", None, 9.464, None, 6.287),
               "ALI": ("--model ali", 0.480, 8.749, 0.672, 5.930),
-              "ALICE": ("--model alice", 0.080, 9.279, 0.416, 6.015),
+              "ALICE": ("--model alice", 0.080, 9.279, None, None),
+              "ALICE (own settings)": ("--model alice --authors", None, None, 0.416, 6.015),
               "AIM-": ("--model aim-minus", 0.028, 9.331, 0.037, 6.324),
               "AIM": ("--model aim", 0.026, 9.483, 0.019, 6.450)}),
     "2": dict(
@@ -1074,7 +1076,8 @@ def make_evaluator(config, machine, train_set, test_set):
     if config.size is None:
         return lambda model: point_metrics(model, test_set, samples)
     by_inception = config.dataset == "cifar10"  # Table 1
-    weights = metrics.inception_default(config.inception, by_inception, machine.device, samples)
+    weights = metrics.inception_default(config.inception, by_inception, machine.device, samples,
+                                        "The inception score")
     measure = metrics.Evaluator(train_set, test_set, config.size, machine.device, config.root,
                                 samples, weights, li=config.dataset == "mnist")  # D10
     return lambda model: measure(model.sample, model.reconstruct if model.E is not None else None)
@@ -1163,7 +1166,8 @@ def main(argv=None):
     args, config, checkpoint = data.parse(argv, FILE, __doc__, preset, tables=TABLES)
     machine = Machine(*data.hardware(args.device, config.amp))
     if args.bench:
-        model = build(config, machine)
+        three = config.dataset.startswith("stacked-") or config.dataset == "swissroll3d"
+        model = build(config, machine, 3 if three else None)
         x = model.sample(config.batch)
         print(json.dumps(metrics.benchmark(model, x, args.bench, config.compile)))
         return 0

@@ -1219,7 +1219,14 @@ def parse(argv, file, about, preset, extra=None, tables=()):
         raise UserError("--sample needs --resume RUN, the run to draw from")
     free = (*FREE, "seed") if args.sample else FREE
     given = {k: v for k, v in vars(args).items() if v is not None and hasattr(settings, k)}
-    return args, with_flags(settings, given, free if checkpoint else given), checkpoint
+    settings = with_flags(settings, given, free if checkpoint else given)
+    if checkpoint and settings.dataset != checkpoint["settings"]["dataset"]:
+        usual = preset(*(getattr(settings, name) for name in names))
+        hidden = {f.name: getattr(usual, f.name) for f in dataclasses.fields(usual)
+                  if not f.metadata["text"]}  # which no flag sets: they are the new data set's
+        settings = dataclasses.replace(settings, **hidden)
+        settings.check()
+    return args, settings, checkpoint
 
 
 def with_flags(settings, given, free):
@@ -1532,7 +1539,7 @@ class Run:
         """Puts a checkpoint back, and lets the ranks train one model. Returns the steps done.
 
         steps: the length of the run. In a new folder other data start a new run from the
-        checkpoint's weights and moments. Raises UserError if it is of other networks.
+        checkpoint's weights. Raises UserError if it is of other networks.
         """
         self.model = model
         self.batches = batches
@@ -1557,8 +1564,10 @@ class Run:
         restore(state, self.model)
         if self.other_data:
             say(f"{self.settings.dataset} holds other data than the run was trained on: this is a "
-                "new run, from step 0, that begins with its weights and optimisers")
+                "new run, from step 0, that begins with its weights")
             self.model.iteration = 0
+            for optimiser in optimisers_of(self.model).values():
+                optimiser.state.clear()  # whose own count of steps would not begin anew
             return
         if fits(state["scaler"], SCALER):  # empty where the run was not of fp16 so far
             self.machine.scaler.load_state_dict(state["scaler"])
@@ -1923,11 +1932,13 @@ def measured(runs, metric, table, scale=1):
         if not done:
             continue
         chosen = done[-1]
+        by = ""
         if table.get("choose") == "min":
             chosen = min(done, key=lambda e: e[metric])
         elif table.get("choose") == "best":
             score = next((k for k in ("fid", "fcd", "kl", "mse") if k in chosen), metric)
             chosen = min((e for e in done if score in e), key=lambda e: e[score])
+            by = f"; at the best {score}"
         values.append(scale * chosen[metric])
         seeds.append(run["seed"])
         about = json.loads((run["folder"] / "config.json").read_text())
@@ -1935,7 +1946,7 @@ def measured(runs, metric, table, scale=1):
         if table.get("probe"):
             command += f"; --resume RUN --probe {table['probe']}"
         line = dict(key=metric, command=command, step=chosen.get("step"),
-                    protocol=chosen.get("protocol", f"iteration {chosen.get('iteration')}"),
+                    protocol=chosen.get("protocol", f"iteration {chosen.get('iteration')}") + by,
                     machine=about["machine"], revision=about["revision"],
                     versions={k: about[k] for k in ("python", "torch", "torchvision")},
                     precision=about["precision"])

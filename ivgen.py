@@ -171,8 +171,8 @@ class Machine:
 # | D20 | its own networks, 28 pixels  | Table 1's, or the source's                     |--network |
 #         The source has no f, no E: f is D's second head, E has D's convolutions, as in Table 1.
 # | D21 | DCGAN: pixels in [0, 1]      | [-1, 1], as G ends in tanh; else as the source |--network |
-#         z ~ U[-1, 1]^d, Adam 2e-4, two steps of G on one z. The IV systems need z ~ N(0, I). But
-#         BN's scales start at N(1, .02), as in Table 1; there at 1.
+#         z ~ U[-1, 1]^d, Adam 2e-4, two steps of G on one z (of PacDCGAN on any networks). The IV
+#         systems need z ~ N(0, I). But BN's scales start at N(1, .02), as in Table 1; there at 1.
 # | D22 | 128,000 fixed triples        | new ones every epoch                           |--triples |
 #         Packs are fixed there, too; here each image is packed with others of its batch.
 # | D23 | batch 10, z ~ N(0, I)^256    | 64 and N(0, I)^100, as the IV systems          |--batch ..|
@@ -226,7 +226,6 @@ class IVGANConfig(Settings):
     steps_of_d: int = setting(1)                            # D10: steps of D for one of G
     steps_of_g: int = setting(1)                            # D21: steps of G on the same z
     prior: str = setting("normal")                          # D21: or uniform
-    noise: float = setting(1., least=0)                     # D7: scales the schedule below
     noise_schedule: tuple = setting(())                     # D7: (share of the run, deviation), ...
 
     def check(self):
@@ -236,6 +235,8 @@ class IVGANConfig(Settings):
             raise UserError(f"--size {self.size}: PacGAN's networks are for 28 pixels")
         if self.network == "table1" and self.size & (self.size - 1):
             raise UserError(f"--size {self.size} is no power of two (the networks halve it to 4)")
+        if self.model in IV and self.mu_e and not self.mu:
+            raise UserError("--mu 0 leaves f untrained, so E has nothing to deceive: --mu-e 0 too")
         if self.model in IV and self.latent % self.k:
             raise UserError(f"--k {self.k} does not divide the latent dimension {self.latent}")
         if self.model in ("unrolled", "wgan-gp") and self.compile:
@@ -555,13 +556,14 @@ class GAN(nn.Module):
         if self.config.decay == "linear" and self.steps:
             for optimiser in data.optimisers_of(self).values():
                 group = optimiser.param_groups[0]
-                group["lr"] = group["initial_lr"] * min(1., 2 - 2 * self.iteration / self.steps)
+                left = max(0., 2 - 2 * self.iteration / self.steps)
+                group["lr"] = group["initial_lr"] * min(1., left)
 
     def noisy(self, x):
         """Instance noise on what D judges (Sec. 5; D7)."""
         done = self.iteration / self.steps if self.steps else 0.
         reached = [deviation for start, deviation in self.config.noise_schedule if done >= start]
-        std = self.config.noise * reached[-1] if reached else 0.
+        std = reached[-1] if reached else 0.
         return x + std * torch.randn_like(x) if std else x
 
     def step(self, x):
@@ -724,7 +726,7 @@ class MRGAN(GAN):
 class PacGAN(GAN):
     """PacDCGAN (Lin et al., 2018): D judges packs of m images, joined on the channel axis.
 
-    Only D's first layer grows. At m = 1 it is DCGAN.
+    Only D's first layer grows. At m = 1 it is DCGAN as `--network pacgan` has it.
     """
 
     def step(self, x):
@@ -999,34 +1001,16 @@ def svgd_step(z, bandwidth, epsilon=1.):
     return z + epsilon / len(z) * total
 
 
-def svgd_step_fast(z, bandwidth, epsilon=1.):
-    """`svgd_step` by matrix products with the kernel: nothing of size n x n x d is formed.
-
-    Codes are centred first: rounding errors grow with their size, and 2 / bandwidth magnifies
-    them. Where many particles coincide far from the mean, use `svgd_step`.
-    """
-    mean = z.mean(0)
-    c = z - mean
-    norms = c.square().sum(1)
-    squares = (norms[:, None] + norms - 2 * c @ c.T).clamp_min(0)
-    kernel = torch.exp(-squares / bandwidth)                    # (n, n), symmetric
-    pull = kernel @ c
-    total = kernel.sum(1, keepdim=True)
-    return z + epsilon / len(z) * (2 / bandwidth * (total * c - pull) - (pull + total * mean))
-
-
 def svgd_chain(z, t, every=2, noise=.1):
     """The third bridge (Sec. 4): [z, z^1, .., z^(t-1)] by `every` SVGD steps each, z^t the prior's.
 
     z (n, d), n >= 2. The bandwidth is that of the particles at hand. Noise of deviation `noise`
     (printed: "0.1 Gaussian noise") follows each step. Gradients flow back to z through all steps.
     """
-    # The paper's batches are small enough for the plain step: 64 x 64 x 16 numbers on MNIST.
-    move = svgd_step if len(z) * z.numel() <= 2**22 else svgd_step_fast
     chain = [z]
     for _ in range(t - 1):
         for _ in range(every):
-            z = move(z, median_bandwidth(z))
+            z = svgd_step(z, median_bandwidth(z))
             z = z + noise * torch.randn_like(z)
         chain.append(z)
     return [*chain, torch.randn_like(z)]
@@ -1263,6 +1247,7 @@ def probe_discriminator(model, batches, steps):
         lines.append({"iteration": n, "loss": model.step_d(chain).item()} | norms)
         if not all(map(math.isfinite, lines[-1].values())):
             raise data.NotFinite(f"iteration {n} of the probe is not finite: {lines[-1]}")
+        lines[-1]["protocol"] = f"a batch of {len(x)} training images"
     model.E.train()
     return lines
 
@@ -1401,7 +1386,7 @@ def evaluate(model, evaluator, run, step, x_test, train_set):
     """Pictures and metrics of one moment, which do not disturb the training's random numbers.
 
     For IVAAE's systems `fld`: Frechet distance of the prior and the codes of `fld_n` training
-    images, by Sec. 4's formula: the first 60,000, on MNIST all (Sec. 4 draws them at random).
+    images, by Sec. 4's formula: 60,000, on MNIST all, of labelled sets the first ones.
     """
     began = time.time()
     c = model.config

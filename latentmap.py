@@ -1281,6 +1281,8 @@ def make_evaluator(config, machine, train_set, test_set):
         return lambda model: point_metrics(model, test_set, samples)
     paper_has_fid = config.dataset in ("cifar10", "celeba")  # Table 2
     weights = metrics.inception_default(config.inception, paper_has_fid, machine.device, samples)
+    if not (weights or config.samples):  # ours: "50K" are the FID's
+        samples = min(samples, 10_000)
     return metrics.Evaluator(train_set, test_set, config.size, machine.device, config.root,
                              samples, weights, fid_on_train=len(train_set))
 

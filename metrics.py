@@ -252,11 +252,12 @@ def load_inception(weights="auto"):
     return net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
-def inception_default(asked, paper_has_fid, device, samples=50_000):
+def inception_default(asked, paper_has_fid, device, samples=50_000, what="FID"):
     """The weights for an Evaluator ("auto", a path, or None) from what --inception asked.
 
     asked: None (flag not given), "off", "auto" or a path. Without the flag, FID is measured on CUDA
-    if the paper prints it for this data. Otherwise stderr says why not. samples: per evaluation.
+    if the paper prints it for this data. Otherwise stderr says why not. samples: per evaluation;
+    what: what the paper prints by those features.
     """
     if asked or not paper_has_fid:
         return None if asked == "off" else asked
@@ -265,10 +266,10 @@ def inception_default(asked, paper_has_fid, device, samples=50_000):
             inception_state("auto")
             return "auto"
         except UserError as error:
-            why = f"FID is not measured, but where there are labels fcd is: {error}"
+            why = f"{what} is not measured, but where there are labels fcd is: {error}"
     else:
         minutes = math.ceil(samples / INCEPTION_RATE / 60)
-        why = (f"FID is not measured by default on a CPU, where {samples:,} samples would take "
+        why = (f"{what} is not measured by default on a CPU, where {samples:,} samples would take "
                f"about {minutes} minutes at each evaluation: --inception auto asks for it")
     print(f"{why} (--inception off silences this sentence)", file=sys.stderr)
     return None
