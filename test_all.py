@@ -2690,7 +2690,7 @@ def test_ivgens_presets_are_the_papers():
 
 
 @pytest.mark.parametrize("model, field, value", [
-    ("ivlsgan", "lr", 2e-4), ("ivlsgan", "mu", 0.), ("ivlsgan", "lam", 1.), ("mrgan", "mu_e", 3.),
+    ("ivlsgan", "lr", 2e-4), ("ivlsgan", "mu", 2.), ("ivlsgan", "lam", 1.), ("mrgan", "mu_e", 3.),
     ("ivaae-rad", "lr", 2e-3), ("ivaae-rad", "mu2", 1.), ("pacdcgan", "pack", 4),
     ("unrolled", "unroll", 0), ("unrolled", "lr_d", 1e-3), ("dcgan", "triples", 9)])
 def test_a_flag_sets_the_field_of_its_name_and_no_other(model, field, value):
@@ -5773,7 +5773,7 @@ def models_of(name, amp="off", **changes):
     make, _, module, model, dataset, _ = PLAIN[name]
     config = module.preset(model, dataset)
     names = {field.name for field in dataclasses.fields(config)}
-    changes = {"noise": 0., **changes}
+    changes = {"noise_schedule": (), **changes}
     config = dataclasses.replace(config, **{k: v for k, v in changes.items() if k in names})
     channels = {"cifar10": 3, "grid25": 2}.get(dataset, 1)
     torch.manual_seed(0)
