@@ -1533,14 +1533,14 @@ def run(args):
         raise UserError(f"{out} holds pictures: give another name")
     names = args.sources[saving:2]
     sources = [open_source(name, args, "fcd" in wanted and name == names[0]) for name in names]
+    if saving and sources[0].n is None:
+        raise UserError(f"{names[0]} does not say of how many pictures it is: stats needs the "
+                        "pictures, or a .pt")
     check_source(sources[0], wanted - {"is"}, [])
     check_source(sources[-1], wanted, [])
     extractors = features_for(wanted, sources, names[0], device, args)
     for source in sources:
         check_source(source, [], extractors)
-    if saving and sources[0].n is None:
-        raise UserError(f"{names[0]} does not say of how many pictures it is: stats needs the "
-                        "pictures, or a .pt")
     if saving:
         return save_statistics(sources[0], extractors[0], out, args)
     results = [compare(*sources, extract, wanted, args) for extract in extractors]
