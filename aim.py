@@ -167,12 +167,14 @@ class Machine:
 # D11 | silent on paddings         | 1 at stride 2, and as in E of Table 4 below: they   | -
 #     |                            | give the printed 576 = 64 * 3^2 and 512 = 128 * 2^2 |
 # D12 | silent on biases before BN | none: BN would undo them                            | -
-# D13 | quotes VEEGAN, Unrolled    | trained, and PacGAN; losses as in their authors'    | --model
-#       code for points. VEEGAN's F: an E with sigma = 1. Packs: of a batch; theirs, of all data.
+# D13 | quotes VEEGAN, Unrolled,   | trained, and PacGAN; losses as in their authors'    | --model
+#     | Table 2's GAN              | code for points. VEEGAN's F: an E with sigma = 1.   |
+#       Packs: of a batch; theirs, of all data. Our GAN of Table 2 is that of Table 1.
 # D14 | quoted rows: own settings  | AIM's, so that rows compare (D4), or their authors' | --authors
 #       (of ALICE on images too, with its cycle of codes). But G has no noise beside z, and packs
 #       are those of D13. Unrolled GAN's are those of its authors' notebook.
 # D15 | silent on the MSE's scale  | `mse`: of pixels in [0, 1]; `mse_pm1`: in [-1, 1]   | -
+# D16 | CelebA: crop's size silent | the central 140 x 140, as IVAAE and WAE have it     | -
 
 # --------------------------------------------------------------------------------------- settings
 

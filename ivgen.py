@@ -13,14 +13,14 @@ IVGAN encodes a real image, w = E(x), replaces one of k blocks of w by Gaussian 
 intervention O_i, which leaves N(0, I) as it is), and decodes G(O_i(w)). A classifier f must name
 the replaced block. If E(x) were N(0, I) no classifier could: so E and G are trained to fool f. What
 they descend is, up to a constant, a k-way JS divergence (Theorem 3), of distributions that do
-overlap (Example 1, Fig. 2).
+overlap (Example 1, Fig. 2; there L_IV is (1 + a) log 2, not the printed -a log 2 + const).
 
 IVAAE. An adversarial auto-encoder matches its codes E(x) to N(0, I) by a GAN on codes, whose two
 distributions may overlap little. IVAAE puts bridges between them: T_k replaces ever more of the
 code by noise, from T_0, the code itself, to T_t, the prior. D must name k; E must prevent it.
 
 Run it.  python ivgen.py                                    IVLSGAN on drawn digits, offline
-         python ivgen.py --dataset cifar10                  the paper's recipe: 64 x 64, 400 epochs
+         python ivgen.py --dataset cifar10                  the full recipe: 64 x 64, 400 epochs
          python ivgen.py --dataset cifar10 --model wgan-gp  ... or another system of Table 2
          python ivgen.py --dataset cifar10 --k 10           ... or of Table 4
          python ivgen.py --dataset stacked-mnist            modes and KL of Table 3; with
@@ -150,13 +150,14 @@ class Machine:
 #         A sum over 12,288 pixels would drown the other terms.
 # | D6  | Eq. (6): O_i(z), z ~ p_z     |                       | z = E(x)               |          |
 #         For z ~ p_z Theorem 4 says nothing: all O_i(z) are N(0, I). x_i serves Eqs. (3) and (6).
-# | D7  | noise, "variance is decayed" | deviation by epoch    | by share of the run    |          |
+# | D7  | noise, decayed, very early   | deviation by epoch    | by share of the run    |          |
 #         On what D judges (not f's images), in the IV models only; on `digits`, in all (ours).
 # | D8  | Adam 1e-4, for E 5e-3        | CIFAR-10: 2e-4, 1e-2  | as the paper           | --lr ... |
 #         There the code's E has width 16 and a weight decay of 5e-4. On `digits` (ours) 1.5e-3, and
 #         all rates fall to 0 in the second half of the run (--decay).
 # | D9  | MRGAN: only named            | last sign reversed    | - mu log D(G(E(x)))    |          |
-#         All four weights are .25, as in the code.
+#         All four weights are .25, as in the code. For the baselines the paper takes the best of
+#         several settings, not printed: DCGAN, LSGAN and MRGAN have IVGAN's here.
 # | D10 | WGAN, WGAN-GP: only named    |                       | their papers' settings |          |
 #         G moves every fifth step, so that each step of D sees a fresh batch.
 # | D11 | alpha / 2n in line 10        | sum of two means      | mean over 2n images    |          |
@@ -878,7 +879,8 @@ def figures_ivgan(model, folder, step, x):
 # | D14 | L_recon's reduction not printed   | WAE's: .05 times the sum over an image    | --lam    |
 #         WAE's MNIST pixels lie in [0, 1]; in [-1, 1], as here, the sum is four times as large.
 #         Silent, too, on the optimiser and the initial weights: Adam (.5, .999), as WAE; torch's.
-# | D15 | line 16: "+ L_recon", d/d theta_G; 1 / mt | descent; d/d theta_E; a mean  | --e-loss |
+# | D15 | lines 14, 16: "+ L_recon"; 16: d/d theta_G | descent; d/d theta_E             | --e-loss |
+#         Line 11's 1 / mt and the others' 1 / m are means here.
 #         Algorithm 1 lets E maximise D's cross entropy. `prior` is the form of WAE-GAN's paper and
 #         of Fig. 3: every z_k shall look like the prior's.
 # | D16 | "{z^l} for every two iterations"  | two SVGD steps from one bridge to the next |         |
@@ -933,7 +935,7 @@ class IVAAEConfig(Settings):
 
 IVAAE_MODELS = ("wae-mmd", "aae", *BRIDGED)                     # Tables 1 and 2, row by row
 IVAAE_TABLE3 = dict(network="fc", width=1024, latent=16, batch=64, lr=1e-4, lr_e=5e-5, lr_d=1e-4,
-                    decay=((100, .5), (200, .25)), lam_mmd=10.)     # Sec. 4, MNIST
+                    decay=((100, .5), (200, .25)), lam_mmd=10.)     # Table 3; Sec. 4, MNIST; WAE's
 IVAAE_DATASETS = {                                              # what a data set changes
     "mnist": IVAAE_TABLE3,
     "fashion-mnist": IVAAE_TABLE3,

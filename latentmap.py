@@ -155,8 +155,8 @@ class Machine:
 #       Ours are the rolls' steps, rates, weights and batch (code, 3-D: all 5,000, for 75,000 steps
 #       at 2e-4): for each of four systems the best of six, seed 100; in 3-D found at width 128. So
 #       are MNIST's 25 epochs, CIFAR-10's 32 pixels, and (Mimicry's) CelebA's 128 dimensions.
-# D8  | silent on the baselines     | see AUTHORS, script_, | their own papers', where | --authors
-#     |                             | _authors, `authors`   | not marked "ours"        |
+# D8  | baselines: networks and     | see AUTHORS, script_, | their own papers', where | --authors
+#     | epochs as ours, else silent | _authors, `authors`   | not marked "ours"        |
 #       They share E, G, optimiser and batch. With the switch, vae, aae, introvae are as in scripts
 #       of LatentMap's authors, age, alae as in their own authors'. Networks stay, but for two Ds.
 # D9  | silent on running           | of all batches        | E's follow data only,    |
@@ -164,6 +164,8 @@ class Machine:
 #       Blends and samples have other moments, which neither `encode` nor `decode` meets. G of ALAE
 #       follows F(z), that of AGE the prior's draws, that of IntroVAE codes and draws in turn.
 # D10 | FID against training images | MSE of [-1, 1] pixels | so: fid and `mse_pm1`    |
+# D11 | CelebA: resized to 64       |                       | the central 140 x 140    |
+#       of the 178 x 218 aligned faces, as IVAAE and WAE crop them.
 
 # ---- Settings ------------------------------------------------------------------------------------
 

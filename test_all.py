@@ -5939,14 +5939,21 @@ def settings_of_command(command):
 
 
 def published_cells():
-    """The published numbers of TABLES: (command, or None where no file has the system; value)."""
+    """The published numbers of TABLES: (cell, value, command; None where no file has the system).
+
+    The cell is (file, table, system, heading), so that "SYSTEM (own settings)" is another way to
+    measure a number of SYSTEM; None for a number which is not the paper's own ("... authors").
+    """
     for paper in PAPERS:
-        for table in paper.TABLES.values():
-            for flags, *values in table["rows"].values():
-                for (_, dataset, _), value in zip(table["columns"], values):
+        for name, table in paper.TABLES.items():
+            for row, (flags, *values) in table["rows"].items():
+                for (heading, dataset, _), value in zip(table["columns"], values):
+                    cell = (paper.FILE, name, row.removesuffix(" (own settings)"), heading)
+                    if "authors" in table["title"] + row:
+                        cell = None
                     command = f"{paper.FILE}.py --dataset {dataset} {flags}"
                     if value is not None:
-                        yield (None if flags is None else command), value
+                        yield cell, value, (None if flags is None else command)
 
 
 def render_count(lines):
@@ -5954,12 +5961,16 @@ def render_count(lines):
 
     A number of TABLES counts as measured if a line of results.jsonl names it as its published value
     and the line's command asks for the settings of its row in TABLES, nothing shorter or smaller.
+    What a paper does not print of its recipe is ours there.
     """
     done = [(settings_of_command(line["command"]), line["published"]) for line in lines
             if line.get("published") is not None]
-    cells = list(published_cells())
-    n = sum(command is not None and (settings_of_command(command), value) in done
-            for command, value in cells)
+    cells = {}
+    for cell, value, command in published_cells():
+        if cell:
+            is_done = command is not None and (settings_of_command(command), value) in done
+            cells[cell] = cells.get(cell, False) or is_done
+    n = sum(cells.values())
     return (f"Of the {len(cells)} numbers in the papers' tables, {n} are measured here at the full "
             f"recipe; {len(cells) - n} are not.")
 
@@ -5990,7 +6001,7 @@ def test_every_result_stands_in_a_table():
 
 def test_every_result_can_be_measured_again():
     cells = set()
-    for command, value in published_cells():
+    for _, value, command in published_cells():
         if command:
             settings = settings_of_command(command)
             cells.add((type(settings), settings.model, settings.dataset, value))
