@@ -122,7 +122,8 @@ class Machine:
 #     z ~ p(z)        z             (B, d) from N(0, I); z -> x is Fig. 1
 #     x~ = G(z)       x_tilde       as x; G is deterministic (Sec. 5)
 #     D_feature(x)    h             (B, 128, 7, 7), (B, 1024, 4, 4), or (B, 200) of points
-#     rho_q, rho_p    rho_q, rho_p  (B,) D(x) = D_con(D_feature(x)), and D(x~), without the sigmoid
+#     rho_q, rho_p    rho_q, rho_p  (B,) D(x) = D_con(D_feature(x)), and D(x~). The code holds the
+#                                   logits; the losses read them through the sigmoid
 #     mu, sigma^2     mu, log_var   (B, d) each
 #     lambda          lam           1/d (Sec. 5); 1 with Eq. (6)
 #
@@ -381,7 +382,7 @@ class Networks:
 
     def fc_critic(self, n):
         """D_con of Table 3 on n numbers -> logits (B,)."""
-        w = 64 * self.w // type(self).w  # the table's 64
+        w = 64 * self.w // type(self).w  # the table's 64, also where Table 4's ALI has this D_con
         return rows(nn.Flatten(), (FC, n, 16 * w, "BN", "Leaky"), (FC, 16 * w, w, "", ""),
                     (FC, w, 1, "", ""), nn.Flatten(0), slope=self.slope)
 
@@ -558,7 +559,7 @@ class Perceptrons(Points):
         return Encoder(nn.Identity(), self.perceptron(self.c, self.d))
 
 
-NETWORKS = {  # by size; those of a system's authors on points by its name
+NETWORKS = {  # by size; those of a system's authors on points, with their numbers, by its name
     None: Points, 28: Table3, 64: Table4, "pacgan": Points, "ali": ALIPoints,
     "unrolled": functools.partial(Perceptrons, w=128, d=256, nonlinearity="Tanh",
                                   initial=functools.partial(nn.init.orthogonal_, gain=1.4)),
@@ -990,8 +991,8 @@ def figures_images(model, folder, step, x, y, classes):
 
 
 # ==================================================================================================
-# The paper's tables. A column: (heading, data set, metric). A row: the flags of a system (None: it
-# is not here), then the published value of each column (None: the paper prints none).
+# The paper's tables. A column: (heading, data set, metric). A row: the flags of a system, then the
+# published value of each column (None: the paper prints none).
 # ==================================================================================================
 
 TABLES = {
@@ -1106,7 +1107,7 @@ def score_of(result):
     """best.pt has the least of this: points' -(modes + quality); else fid, fcd, kl or mse."""
     if "high_quality" in result:
         return -result["modes"] - result["high_quality"]
-    return metrics.best_first(result, ("fid", "fcd", "kl", "mse"))
+    return metrics.best_first(result, data.SCORES)
 
 
 def train(config, machine, folder, checkpoint=None):
@@ -1168,8 +1169,7 @@ def main(argv=None):
     args, config, checkpoint = data.parse(argv, FILE, __doc__, preset, tables=TABLES)
     machine = Machine(*data.hardware(args.device, config.amp))
     if args.bench:
-        three = config.dataset.startswith("stacked-") or config.dataset == "swissroll3d"
-        model = build(config, machine, 3 if three else None)
+        model = build(config, machine, data.channels_of(config.dataset))
         x = model.sample(config.batch)
         print(json.dumps(metrics.benchmark(model, x, args.bench, config.compile)))
         return 0

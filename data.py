@@ -352,6 +352,12 @@ def fixed_triples(train, test, n, seed=0):
     return Dataset(train.name, "train and test", x[index], label, 1000)
 
 
+def channels_of(name):
+    """Channels of a set's images, or dimensions of its points, before it is loaded; else 3."""
+    return {"digits": 1, "mnist": 1, "fashion-mnist": 1,
+            "grid25": 2, "ring8": 2, "swissroll": 2}.get(name, 3)
+
+
 def fingerprint(*datasets):
     """16 hexadecimal digits of what data sets hold, so that a changed set is noticed."""
     digest = hashlib.sha256()
@@ -1032,8 +1038,9 @@ def from_environment(name, default):
 def hardware(device="auto", amp="auto"):
     """(device, precision), as Machine takes them, of --device and --amp; joins torchrun's ranks.
 
-    "auto": CUDA where there is one; bf16 wherever the hardware multiplies it (CUDA 8.0 and later,
-    AMX, AVX512-BF16). Raises UserError for a device that is not there: never silently the CPU.
+    "auto": CUDA where there is one; bf16 wherever the hardware multiplies it (GPUs of compute
+    capability 8.0 and later, AMX, AVX512-BF16). Raises UserError for a device that is not there:
+    never silently the CPU.
     """
     name = device
     if device == "auto":
@@ -1756,6 +1763,9 @@ class Run:
 # ---- A table of a paper by one command -----------------------------------------------------------
 
 
+SCORES = ("fid", "fcd", "kl", "mse")  # best.pt has the least of the first that is measured
+
+
 def asks_for_table(argv):
     """Whether --table is among the arguments: the others are then those of its rows."""
     argv = sys.argv[1:] if argv is None else argv
@@ -1769,9 +1779,9 @@ def run_table(argv, file, tables, main):
     interrupted. Other flags go to every row. Then prints published beside measured, and leaves it
     in DIR/table.md and, a JSON object a number, DIR/results.jsonl. --report trains nothing.
 
-    A table is a dict: title; columns, (heading, data set, metric) each; rows, {name: (flags, or
-    None for a system that is not there, then the published value of each column, or None)};
-    choose, "min" over evaluations, "best" as best.pt, or "last"; probe, a --probe of ivgen.py.
+    A table is a dict: title; columns, (heading, data set, metric) each, in % where the heading has
+    the sign; rows, {name: (flags, then the published value of each column, or None)}; and, if need
+    be, choose, "min" over evaluations or "best" as best.pt; probe, a --probe of ivgen.py.
     """
     parser = Parser(prog=f"{file}.py", epilog="Other flags go to every row.", allow_abbrev=False)
     parser.add_argument("--table", choices=list(tables))
@@ -1827,7 +1837,7 @@ def table_runs(file, table, seeds, flags, folder):
     """The runs of a table: for each a dict of row, dataset, seed, flags, folder, command."""
     runs = []
     for row, (own, *_) in table["rows"].items():
-        for dataset in dict.fromkeys(c[1] for c in table["columns"]) if own is not None else ():
+        for dataset in dict.fromkeys(c[1] for c in table["columns"]):
             for seed in range(seeds):
                 # named by its flags, so that two rows of the same system share their runs
                 name = re.sub(r"[^a-z0-9.]+", "-", f"{own} {Path(dataset).name}".lower())
@@ -1852,7 +1862,7 @@ def check_flags(runs):
     """Raises UserError for a run of a table that was trained otherwise than it would be now."""
     for run in runs:
         for first in commands_of(run["folder"])[:1]:  # none if it has not begun
-            if " ".join(run["flags"]) + " " not in first:
+            if " ".join(run["flags"]) + " " not in first:  # seed 1 is not seed 10
                 raise UserError(f"{run['folder']} was trained by '{first}': give the same flags, "
                                 "or another folder with --out")
 
@@ -1936,7 +1946,7 @@ def measured(runs, metric, table, scale=1):
         if table.get("choose") == "min":
             chosen = min(done, key=lambda e: e[metric])
         elif table.get("choose") == "best":
-            score = next((k for k in ("fid", "fcd", "kl", "mse") if k in chosen), metric)
+            score = next((k for k in SCORES if k in chosen), metric)
             chosen = min((e for e in done if score in e), key=lambda e: e[score])
             by = f"; at the best {score}"
         values.append(scale * chosen[metric])
@@ -1975,9 +1985,6 @@ def table_notes(table, flags, runs, lines, waiting, missing):
     if left:
         text.append(f"{left} of {len({run['folder'] for run in runs})} runs are not finished: the "
                     "same command without --report trains them")
-    absent = [row for row, cells in table["rows"].items() if cells[0] is None]
-    if absent:
-        text.append(f"Not in this file: {', '.join(absent)}")
     return text
 
 

@@ -13,7 +13,7 @@ IVGAN encodes a real image, w = E(x), replaces one of k blocks of w by Gaussian 
 intervention O_i, which leaves N(0, I) as it is), and decodes G(O_i(w)). A classifier f must name
 the replaced block. If E(x) were N(0, I) no classifier could: so E and G are trained to fool f. What
 they descend is, up to a constant, a k-way JS divergence (Theorem 3), of distributions that do
-overlap (Example 1, Fig. 2; there L_IV is (1 + a) log 2, not the printed -a log 2 + const).
+overlap (Example 1, Fig. 2: squares moved by a; L_IV is (1 + a) log 2, not as printed).
 
 IVAAE. An adversarial auto-encoder matches its codes E(x) to N(0, I) by a GAN on codes, whose two
 distributions may overlap little. IVAAE puts bridges between them: T_k replaces ever more of the
@@ -29,7 +29,7 @@ Run it.  python ivgen.py                                    IVLSGAN on drawn dig
          python ivgen.py --resume RUN --probe discriminator IVAAE's Figs. 2, 3; `classifier`: Fig. 5
          python ivgen.py --model aae --help                 the flags of one system
 What to expect: of `python ivgen.py`, on two CPU cores, digits a person reads after some minutes,
-fcd about .7, and reconstructions at an MSE of about .02 (pixels in [0, 1]); see README.md.
+fcd about .7, reconstructions at an MSE of .015 to .02 (pixels in [0, 1]); see assets/RESULTS.md.
 """
 
 import contextlib
@@ -134,7 +134,7 @@ class Machine:
 #     lines 13-15    G:        down  L_adv(G) + lam L_recon + mu L_IV      Eq. (11); L_IV = -V_class
 #     lines 16-17    E:        down  lam_e L_recon + mu_e L_IV           E fools f, as G does
 #
-# Deviations and choices ("code" is that of IVGAN's authors; there is no D13).
+# Deviations and choices ("code" is that of IVGAN's authors, zhangliangyu32/IVGAN; there is no D13).
 # |     | paper                        | code                  | here                   | switch   |
 # |-----|------------------------------|-----------------------|------------------------|----------|
 # | D1  | "i = 1..d/k"; i_j per sample | one i for the batch   | i in 1..k, per sample  |          |
@@ -172,8 +172,8 @@ class Machine:
 # | D20 | its own networks, 28 pixels  | Table 1's, or the source's                     |--network |
 #         The source has no f, no E: f is D's second head, E has D's convolutions, as in Table 1.
 # | D21 | DCGAN: pixels in [0, 1]      | [-1, 1], as G ends in tanh; else as the source |--network |
-#         z ~ U[-1, 1]^d, Adam 2e-4, two steps of G on one z (of PacDCGAN on any networks). The IV
-#         systems need z ~ N(0, I). But BN's scales start at N(1, .02), as in Table 1; there at 1.
+#         DCGAN on these networks, PacDCGAN on any: z ~ U[-1, 1]^d, Adam 2e-4, two steps of G on one
+#         z. The IV systems need z ~ N(0, I). BN's scales start at N(1, .02), as DCGAN's; there, 1.
 # | D22 | 128,000 fixed triples        | new ones every epoch                           |--triples |
 #         Packs are fixed there, too; here each image is packed with others of its batch.
 # | D23 | batch 10, z ~ N(0, I)^256    | 64 and N(0, I)^100, as the IV systems          |--batch ..|
@@ -536,7 +536,7 @@ class GAN(nn.Module):
 
     def make_judges(self, channels):
         c = self.config
-        self.D = Discriminator(convolutions(c, c.pack * channels, c.d_norm), c.k)
+        self.D = Discriminator(convolutions(c, c.pack * channels, c.d_norm), c.k)   # f: for IV only
         self.E = None
         if c.model in WITH_E:
             self.E = Encoder(convolutions(c, channels, "dcgan"), c.latent)
@@ -679,7 +679,7 @@ class IVGAN(GAN):
     def regularisers(self, x, x_hat, w_i, index, x_i):
         """L_recon and L_IV. A term whose weights are all 0 is not computed: it is 0."""
         c = self.config
-        rec = torch.zeros((), requires_grad=True, device=x.device)
+        rec = torch.zeros((), requires_grad=True, device=x.device)  # a leaf: `step` does not log it
         iv = rec
         if c.lam or c.lam_e:
             w_hat = self.machine.without_running_stats(self.E, x_i)
@@ -823,8 +823,8 @@ class VEEGAN(GAN):
             mean = self.E(x).detach().float()                   # F descends rec alone, line 9
             from_z = self.D(z, self.noisy(x_z))
             from_x = self.D(mean + torch.randn_like(mean), self.noisy(x))
-        d_adv = adversarial_loss_d("dcgan", from_z, from_x)     # label 1: the pair of z
-        g_adv = from_z.mean()                                   # log of a ratio of densities
+        d_adv = adversarial_loss_d(self.config.loss, from_z, from_x)    # label 1: the pair of z
+        g_adv = from_z.mean()           # D's logit, log p(z, G(z)) / q(z, G(z)), which G lowers
         self.machine.descend_together((self.optimiser_d, d_adv), (self.optimiser_g, g_adv + rec),
                                       (self.optimiser_e, rec))
         self.iteration += 1
@@ -1109,12 +1109,12 @@ class AutoEncoder(nn.Module):
         groups = [group | dict(initial_lr=group["lr"]) for group in groups]
         return self.machine.adam(groups, self.config.lr, (.5, .999))        # D14
 
-    def set_rates(self, *optimisers):
+    def set_rates(self):
         """The learning rates' decay by epoch (Sec. 4), by the same factor for all networks."""
         epoch = self.iteration / self.steps_per_epoch if self.steps_per_epoch else 0.
         reached = [value for start, value in self.config.decay if epoch >= start]
         factor = reached[-1] if reached else 1.
-        for optimiser in optimisers:
+        for optimiser in data.optimisers_of(self).values():
             for group in optimiser.param_groups:
                 group["lr"] = factor * group["initial_lr"]
 
@@ -1165,7 +1165,7 @@ class IVAAE(AutoEncoder):
     def step(self, x):
         """One iteration of Algorithm 1 on images x (B, C, S, S) in [-1, 1]. Returns its losses."""
         x = x.to(memory_format=torch.channels_last)
-        self.set_rates(self.optimiser_eg, self.optimiser_d)
+        self.set_rates()
         with self.machine.autocast():
             z = self.E(x).float()                                           # line 4
             rec = squared_error(self.G(z), x)                               # line 5
@@ -1196,7 +1196,7 @@ class WAE(AutoEncoder):
     def step(self, x):
         """One iteration on images x (B, C, S, S) in [-1, 1]. Returns its losses as scalars."""
         x = x.to(memory_format=torch.channels_last)
-        self.set_rates(self.optimiser_eg)
+        self.set_rates()
         with self.machine.autocast():
             z = self.E(x).float()
             rec = squared_error(self.G(z), x)
@@ -1384,7 +1384,7 @@ def build(config, machine=None, channels=3, steps=None, steps_per_epoch=None):
     return kind(config, machine, channels, steps)
 
 
-def evaluate(model, evaluator, run, step, x_test, train_set):
+def evaluate(model, evaluator, folder, step, x_test, train_set):
     """Pictures and metrics of one moment, which do not disturb the training's random numbers.
 
     For IVAAE's systems `fld`: Frechet distance of the prior and the codes of `fld_n` training
@@ -1398,7 +1398,7 @@ def evaluate(model, evaluator, run, step, x_test, train_set):
     if isinstance(model, AutoEncoder):
         images = data.ordered(train_set, 60_000, 250, m.device, c.size)
         codes = torch.cat([model.encode(x).cpu() for x, _ in images])
-        figures_ivaae(model, run.folder, step, x_test, codes)
+        figures_ivaae(model, folder, step, x_test, codes)
         result = {"fld": metrics.frechet_latent_distance(codes), "fld_n": len(codes)}
         protocol.append(f"fld: {len(codes)} {train_set.split} images")
     else:
@@ -1407,7 +1407,7 @@ def evaluate(model, evaluator, run, step, x_test, train_set):
             with m.autocast(), torch.compiler.set_stance("force_eager"):
                 torch.optim.swa_utils.update_bn((x.to(memory_format=torch.channels_last)
                                                  for x, _ in images if len(x) == c.batch), model.E)
-        figures_ivgan(model, run.folder, step, x_test)
+        figures_ivgan(model, folder, step, x_test)
 
     def reconstruct(x):
         return model.decode(model.encode(x))
@@ -1419,7 +1419,7 @@ def evaluate(model, evaluator, run, step, x_test, train_set):
 
 def score_of(result):
     """What best.pt is chosen by (lower is better): the first measured of fid, fcd, kl, mse."""
-    return metrics.best_first(result, ("fid", "fcd", "kl", "mse"))
+    return metrics.best_first(result, data.SCORES)
 
 
 def train(config, machine, folder, checkpoint=None):
@@ -1474,7 +1474,7 @@ def train(config, machine, folder, checkpoint=None):
                 run.check_finite()
             if evaluates:
                 if run.main:                                    # Figs. 4 and 7: the curves
-                    result = evaluate(model, evaluator, run, step, x_test, train_set)
+                    result = evaluate(model, evaluator, run.folder, step, x_test, train_set)
                     run.report(step, result)
                     metrics.draw_log_curves(run.folder, ("fid", "fcd", "kl", "fld"), title)
                 if run.is_best(score_of(result)):
@@ -1537,8 +1537,7 @@ def main(argv=None):
     name = pathlib.Path(config.dataset).name
     folder = data.run_folder(args, f"runs/{FILE}-{config.model}-{name}-s{config.seed}")
     if args.bench:
-        channels = 1 if config.dataset in ("digits", "mnist", "fashion-mnist") else 3
-        model = build(config, machine, channels)
+        model = build(config, machine, data.channels_of(config.dataset))
         x = model.sample(config.batch)
         print(json.dumps(metrics.benchmark(model, x, args.bench, config.compile)))
     elif args.probe:

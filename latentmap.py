@@ -15,7 +15,7 @@ codes, in a GAN between vectors, Eqs. (12) and (13). A sample is G(g(z)).
     python latentmap.py                             the Swiss roll (Figs. 4 and 5), offline
     python latentmap.py --model vae                 a baseline: vae, aae, alae, wae, introvae, age
     python latentmap.py --model vae --authors       ... as LatentMap's authors' script has it (D8)
-    python latentmap.py --dataset swissroll3d       the roll in three dimensions, as they ran it
+    python latentmap.py --dataset swissroll3d       the roll in 3-D, with their networks (D7)
     python latentmap.py --dataset mnist             Fig. 6; also latentmap-nobn, latentmap-noreg
     python latentmap.py --dataset celeba            Tables 1 and 2: 64 x 64, 25 epochs
     python latentmap.py --dataset FOLDER            one's own pictures
@@ -23,7 +23,7 @@ codes, in a GAN between vectors, Eqs. (12) and (13). A sample is G(g(z)).
     python latentmap.py --resume RUN --sample 100   draws from a run
 
 What to expect: of `python latentmap.py`, in minutes on two CPU cores, samples on average .02 off
-the spiral and nearly all over it, and reconstructions at an MSE of .001; see README.md.
+the spiral and nearly all over it, reconstructions at an MSE of .001; see assets/RESULTS.md.
 """
 
 import contextlib
@@ -133,7 +133,7 @@ class Machine:
 #     line 4    D, five times:  down  relu(1 - D(code)) + relu(1 + D(g(z)))               Eq. (12)
 #     line 5    g:              down  -D(g(z))                                            Eq. (13)
 #
-# Deviations and choices ("code" is that of LatentMap's authors).
+# Deviations and choices ("code" is that of LatentMap's authors, gengcong940126/AGE).
 #     | paper                       | code                  | here                     | switch
 # D1  | ||x - x^||^2                | mean of |x - x^|      | mean of squares          | --recon
 #       A sum over 12,288 pixels would drown the other terms, which are of the order of lam^2.
@@ -152,9 +152,9 @@ class Machine:
 #       E is d with BN, and a mean over positions. d's and D's last layers go without spectral norm,
 #       which would leave them too small a range. MLPs' sizes, 32 pixels and points are ours.
 # D7  | Swiss roll, 5,000 points    | in 3-D, noise .05     | a plane spiral           | --dataset
-#       Ours are the rolls' steps, rates, weights and batch (code, 3-D: all 5,000, for 75,000 steps
-#       at 2e-4): for each of four systems the best of six, seed 100; in 3-D found at width 128. So
-#       are MNIST's 25 epochs, CIFAR-10's 32 pixels, and (Mimicry's) CelebA's 128 dimensions.
+#       The rolls' steps, rates, weights and batch are ours (code, 3-D: all 5,000 points, 75,000
+#       steps, 2e-4): each of four systems has the best of six settings, seed 100, found in 3-D at
+#       width 128. Ours, too: MNIST's 25 epochs, CIFAR-10's 32 pixels; CelebA's 128-D is Mimicry's.
 # D8  | baselines: networks and     | see AUTHORS, script_, | their own papers', where | --authors
 #     | epochs as ours, else silent | _authors, `authors`   | not marked "ours"        |
 #       They share E, G, optimiser and batch. With the switch, vae, aae, introvae are as in scripts
@@ -557,9 +557,9 @@ class Autoencoder(nn.Module):
     map_from = 0  # the last step of the first phase, which only LatentMap has
     outputs = 1  # of E for each number of a code
     rivals = False  # whether E and G have an optimiser each, and none in common
-    embeds = False  # whether codes are put on the prior's sphere, if it is one, and its radius:
+    embeds = False  # whether codes are put on the sphere, where the prior lies on one
     embeds_authors = True
-    radius = None  # sqrt(dim)
+    radius = None  # that sphere's: sqrt(dim)
     radius_authors = 1.0
 
     def __init__(self, config, machine=None, channels=None):
@@ -1332,7 +1332,7 @@ def score_of(result):
     """What best.pt is chosen by, the less the better; None in the first phase (D5)."""
     if "phase" in result:
         return None
-    return metrics.best_first(result, ("chamfer", "fid", "fcd", "kl", "mse"))
+    return metrics.best_first(result, ("chamfer", *data.SCORES))
 
 
 def of_untrained_g(name, line):
@@ -1410,7 +1410,7 @@ def main(argv=None):
     dataset = pathlib.Path(config.dataset).name
     folder = data.run_folder(args, f"runs/{FILE}-{config.model}-{dataset}-s{config.seed}")
     if args.bench:  # of LatentMap the first phase, the dearer one
-        model = build(config, machine, 1 if config.dataset in DIGIT_SETS[:3] else None)
+        model = build(config, machine, data.channels_of(config.dataset))
         x = model.sample(config.batch)
         print(json.dumps(metrics.benchmark(model, x, args.bench, config.compile)))
     elif args.sample:

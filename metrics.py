@@ -10,8 +10,8 @@ Plain functions of tensors, and an `Evaluator` for training loops. What the name
     is_li  the same by Li et al.'s classifier of MNIST, trained anew (AIM's Table 1).
     FLD    Frechet distance between a set of codes and N(0, I).
 
-Where pytorch-fid, torch-fidelity, torchmetrics and clean-fid agree, this file agrees with them to
-rounding. Where they differ, the network's input follows pytorch-fid (or, as `tf`, the original and
+Where pytorch-fid, torch-fidelity and torchmetrics agree, this file agrees with them to rounding.
+Where they differ, the network's input follows pytorch-fid (or, as `tf`, the original and
 torch-fidelity), and the inception score torch-fidelity: logits without bias, in random order.
 
 FID is biased upwards for few samples: two sets of one distribution had 25.0 at N = 500, 16.1 at
@@ -72,7 +72,7 @@ INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 FOLDER = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights"
 INCEPTION_URL = f"{FOLDER}/{INCEPTION_FILE}"
 BY_HAND = f"get {INCEPTION_URL} and give its path (metrics.py: --weights; else --inception)"
-INCEPTION_RATE = 10  # images a second through that network on two cores, about
+INCEPTION_RATE = 10  # images a second through that network on two slow cores; with AMX three times
 REFERENCE = 10_000  # at most so many real test images are an Evaluator's reference
 # fid against training images: MNIST's published one is, and LSUN has only 300 others.
 FID_ON_TRAIN = {"mnist": 60_000, "fashion-mnist": 60_000, "lsun-church": 50_000}

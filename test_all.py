@@ -2755,7 +2755,7 @@ def test_every_row_of_ivgens_tables_can_be_asked_for():
     for name, table in ivgen.TABLES.items():
         for row, (flags, *published) in table["rows"].items():
             assert len(published) == len(table["columns"])
-            for _, dataset, _ in table["columns"] if flags is not None else ():
+            for _, dataset, _ in table["columns"]:
                 config = settings_from(ivgen, "--dataset", dataset, *flags.split())
                 if name == "4":
                     assert f"mu = {config.mu:g}, k = {config.k}".replace("0.", ".") == row
@@ -2779,7 +2779,7 @@ def evaluated(net, folder, n=96):
     stripes = striped(n, labels=False)
     x, _ = next(data.ordered(stripes, 100, 100, size=net.config.size))
     evaluator = metrics.Evaluator(stripes, stripes, net.config.size, root=folder, samples=50)
-    result = ivgen.evaluate(net, evaluator, types.SimpleNamespace(folder=folder), 2, x, stripes)
+    result = ivgen.evaluate(net, evaluator, folder, 2, x, stripes)
     return result, " ".join(sorted(path.stem for path in folder.rglob("*.png")))
 
 
@@ -5102,6 +5102,12 @@ def test_a_full_disk_and_a_compiler_that_fails_are_sentences(name, copied, flags
 # ---- --sample, --bench, --amp, --compile ---------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["digits", "stacked-digits", *data.POINT_SETS])
+def test_channels_are_known_before_a_set_is_loaded(name):
+    assert data.channels_of(name) == data.load(name, split="test").channels
+    assert [data.channels_of(name) for name in ("mnist", "cifar10", "stl10", "a/b")] == [1, 3, 3, 3]
+
+
 @pytest.mark.parametrize("name", LEFT)
 def test_samples_are_drawn_into_the_runs_folder(name, copied):
     """By the latest checkpoint or by a named one, never of two at once."""
@@ -5121,12 +5127,18 @@ def test_samples_are_drawn_into_the_runs_folder(name, copied):
 
 @pytest.mark.parametrize("module, flags", [
     (ivgen, "--width 4"), (ivgen, "--model wgan --dataset mnist --width 4 --size 32"),
-    (ivgen, "--model aae"), (aim, "--width 8"), (aim, "--dataset mnist --width 4"), (latentmap, ""),
+    (ivgen, "--model aae"), (aim, "--width 8"), (aim, "--dataset mnist --size 64 --width 4"),
+    (aim, "--dataset cifar10 --size 28 --width 4"), (latentmap, ""),
     (latentmap, "--dataset mnist --width 2"), (latentmap, "--model alae"), (latentmap, "--joint")])
-def test_bench_prints_json(module, flags, tmp_path, monkeypatch, capsys):
+def test_bench_prints_json_of_the_data_sets_own_shape(module, flags, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    built = []
+    build = module.build
+    monkeypatch.setattr(module, "build", lambda *args: [built.append(args), build(*args)][1])
     shape = ("--batch", 4, "--latent", 4, "--device", "cpu")
     assert cli(module, "--bench", 2, *shape, *flags.split()) == 0
+    [(config, _, channels)] = built
+    assert channels == data.channels_of(config.dataset)
     timed = json.loads(capsys.readouterr().out)
     for name in ("images_per_s", "ms_per_step", "gflop_per_step", "peak_memory_mib"):
         assert timed[name] > 0, name
@@ -5555,8 +5567,7 @@ def test_a_table_by_one_command(module, name, flags, metric, pictures, monkeypat
                                 capsys):
     """Trains two rows, goes on where it was stopped, then prints published beside measured."""
     table = module.TABLES[name]
-    rows = {row: cells for row, cells in table["rows"].items() if cells[0] is not None}
-    rows = {row: rows[row] for row in list(rows)[:2]} | {"Other": (None, *[9.] * 9)}
+    rows = dict(list(table["rows"].items())[:2])
     monkeypatch.setitem(module.TABLES, name, table | {"rows": rows})
     command = ["--table", name, "--out", tmp_path / "t", "--steps", 2, "--eval-every", 1,
                "--root", tmp_path, "--device", "cpu",
@@ -5572,9 +5583,9 @@ def test_a_table_by_one_command(module, name, flags, metric, pictures, monkeypat
     assert cli(module, *command, "--seeds", 1) == 0
     out = capsys.readouterr().out
     assert "Departures from the paper, in every row: --steps 2" in out
-    assert "Not in this file: Other" in out and out.count("\nrun: ") == 2
+    assert out.count("\nrun: ") == 2
     lines = [json.loads(line) for line in (tmp_path / "t/results.jsonl").read_text().splitlines()]
-    assert {line["row"] for line in lines} == set(rows) - {"Other"}
+    assert {line["row"] for line in lines} == set(rows)
     for line in lines:
         assert {"command", "protocol", "machine", "versions", "precision", "seed"} <= line.keys()
         assert math.isfinite(line["value"])
@@ -5599,7 +5610,7 @@ def test_a_table_by_one_command(module, name, flags, metric, pictures, monkeypat
     for line in lines:  # fcd in the place of fid is not what was published
         assert ("(fcd)" in line["metric"]) == (line["key"] == "fcd" != metric)
     # Publishing a result is appending these lines to assets/results.jsonl.
-    assert render(f"{module.FILE}-table{name}", lines).count("\n") == len(rows)
+    assert render(f"{module.FILE}-table{name}", lines).count("\n") == len(rows) + 1  # header, rule
     for wrong, words, held in ((["--seed", 1], "sets", found), (["--seeds", 0], "out of", found),
                                (["--table", "nine"], "invalid choice", found),
                                (["--steps", 3], "was trained by", found),
@@ -5939,7 +5950,7 @@ def settings_of_command(command):
 
 
 def published_cells():
-    """The published numbers of TABLES: (cell, value, command; None where no file has the system).
+    """The published numbers of TABLES: (cell, value, command).
 
     The cell is (file, table, system, heading), so that "SYSTEM (own settings)" is another way to
     measure a number of SYSTEM; None for a number which is not the paper's own ("... authors").
@@ -5951,9 +5962,8 @@ def published_cells():
                     cell = (paper.FILE, name, row.removesuffix(" (own settings)"), heading)
                     if "authors" in table["title"] + row:
                         cell = None
-                    command = f"{paper.FILE}.py --dataset {dataset} {flags}"
                     if value is not None:
-                        yield cell, value, (None if flags is None else command)
+                        yield cell, value, f"{paper.FILE}.py --dataset {dataset} {flags}"
 
 
 def render_count(lines):
@@ -5968,7 +5978,7 @@ def render_count(lines):
     cells = {}
     for cell, value, command in published_cells():
         if cell:
-            is_done = command is not None and (settings_of_command(command), value) in done
+            is_done = (settings_of_command(command), value) in done
             cells[cell] = cells.get(cell, False) or is_done
     n = sum(cells.values())
     return (f"Of the {len(cells)} numbers in the papers' tables, {n} are measured here at the full "
@@ -6002,9 +6012,8 @@ def test_every_result_stands_in_a_table():
 def test_every_result_can_be_measured_again():
     cells = set()
     for _, value, command in published_cells():
-        if command:
-            settings = settings_of_command(command)
-            cells.add((type(settings), settings.model, settings.dataset, value))
+        settings = settings_of_command(command)
+        cells.add((type(settings), settings.model, settings.dataset, value))
     for line in results():
         assert {"table", "row", "metric", "command", "protocol", "machine", "versions"} <= set(line)
         assert line["value"] is not None
