@@ -1154,7 +1154,7 @@ class Settings:
 
 
 FREE = ("dataset", "root", "steps", "epochs", "amp", "compile", "eval_every", "samples",
-        "inception", "tensorboard")  # what may change when resuming; of the data only the place
+        "inception", "tensorboard")  # what may change when resuming; other data need --out
 COMMAND = list(sys.argv)  # as config.json keeps it
 
 

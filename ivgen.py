@@ -6,7 +6,7 @@
               Sections, equations, tables and figures are those of these versions.
 
 A Part is one paper: notation, algorithm, deviations, settings, networks, losses, models, figures.
-A Part, the imports and the class Machine are all that training takes: copy them.
+A Part, the imports and the class Machine are all that training takes beside data.py, metrics.py.
 
 IVGAN. A GAN's Jensen-Shannon divergence is flat while real and generated images do not overlap.
 IVGAN encodes a real image, w = E(x), replaces one of k blocks of w by Gaussian noise (an
@@ -1387,8 +1387,9 @@ def build(config, machine=None, channels=3, steps=None, steps_per_epoch=None):
 def evaluate(model, evaluator, folder, step, x_test, train_set):
     """Pictures and metrics of one moment, which do not disturb the training's random numbers.
 
-    For IVAAE's systems `fld`: Frechet distance of the prior and the codes of `fld_n` training
-    images, by Sec. 4's formula: 60,000, on MNIST all, of labelled sets the first ones.
+    eval_s is the seconds all this took. For IVAAE's systems `fld`: Frechet distance of the prior
+    and the codes of `fld_n` training images, by Sec. 4's formula: 60,000, on MNIST all, of labelled
+    sets the first ones.
     """
     began = time.time()
     c = model.config
@@ -1402,7 +1403,7 @@ def evaluate(model, evaluator, folder, step, x_test, train_set):
         result = {"fld": metrics.frechet_latent_distance(codes), "fld_n": len(codes)}
         protocol.append(f"fld: {len(codes)} {train_set.split} images")
     else:
-        if model.E is not None:                                 # D12: of its present weights
+        if model.E is not None:     # D12: of its present weights, by full batches, uncompiled
             images = data.ordered(train_set, 50 * c.batch, c.batch, m.device, c.size)
             with m.autocast(), torch.compiler.set_stance("force_eager"):
                 torch.optim.swa_utils.update_bn((x.to(memory_format=torch.channels_last)

@@ -1122,9 +1122,9 @@ def dots(points, reach, labels=None, classes=1):
 
 
 def draw_codes(path, code, made, z, labels, classes):
-    """Fig. 5: codes (n, dim) by label, generated (m, dim), z of a plane prior; of MNIST Fig. 3,
-    which shows the zeros alone: the red dots here.
+    """Fig. 5: codes (n, dim) by label, generated (m, dim), z of a plane prior.
 
+    On MNIST it is Fig. 3, which shows the zeros alone, red here.
     Of more than two dimensions, the codes' first two principal components are shown. Draws nothing
     where codes have one dimension, or are not finite, which the metrics report.
     """
