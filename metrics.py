@@ -14,8 +14,8 @@ Where pytorch-fid, torch-fidelity and torchmetrics agree, this file agrees with 
 Where they differ, the network's input follows pytorch-fid (or, as `tf`, the original and
 torch-fidelity), and the inception score torch-fidelity: logits without bias, in random order.
 
-FID is biased upwards for few samples: two sets of one distribution had 25.0 at N = 500, 16.1 at
-1,000, 9.1 at 2,000 and 3.6 at 5,000. So numbers of different N do not compare.
+FID is biased upwards, the more so the fewer the samples, even between two sets of one distribution.
+So numbers of different N do not compare.
 
     python metrics.py cifar10:test samples/                 FID of a folder against a data set
     python metrics.py real/ fake/ --fid --kid --is --pr     everything; --json for a line of JSON
@@ -804,7 +804,7 @@ LI = {"version": 1, "network": "Li et al. 2017", "side": 28, "features": 1024, "
 
 
 def classifier_recipe(channels, device):
-    """The settings of the training, part of the cache's key. Grey: 99.3 % on MNIST in 10 s."""
+    """The settings of the training, part of the cache's key. Grey: 99 % on MNIST in seconds."""
     if channels == 1:
         return {**RECIPE, "channels": 1, "width": 16, "epochs": 2, "flip": False}
     epochs = 30 if device.type == "cuda" else 8
@@ -1549,13 +1549,12 @@ def run(args):
     notes = []
     n = min(source.n or REFERENCE for source in sources)
     if n < REFERENCE and wanted & {"fid", "fcd"}:
-        by = ", fid by about 25 at n=500, 16 at 1,000, 9 at 2,000, 4 at 5,000" * ("fid" in wanted)
-        notes.append(f"n={n} is below 10,000: Frechet distances are biased upwards{by}; compare "
-                     "only numbers of equal n")
+        notes.append(f"n={n} is below 10,000: Frechet distances are biased upwards; compare only "
+                     "numbers of equal n")
     folders = [source.content for source in sources if source.kind == "folder"]
     jpegs = [sum(".jp" in file[-5:].lower() for file in files) / len(files) for files in folders]
     if max(jpegs, default=0) - min(jpegs, default=0) > 0.5:
-        notes.append("one folder is of JPEGs and the other not: that alone can make a fid of 4")
+        notes.append("one folder is of JPEGs and the other not: that alone makes a distance")
     return result | ({"note": "; ".join(notes)} if notes else {})
 
 
