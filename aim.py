@@ -122,6 +122,7 @@ class Machine:
 #     z ~ p(z)        z             (B, d) from N(0, I); z -> x is Fig. 1
 #     x~ = G(z)       x_tilde       as x; G is deterministic (Sec. 5)
 #     D_feature(x)    h             (B, 128, 7, 7), (B, 1024, 4, 4), or (B, 200) of points
+#     D_feature, _con features, critic
 #     rho_q, rho_p    rho_q, rho_p  (B,) D(x) = D_con(D_feature(x)), and D(x~). The code holds the
 #                                   logits; the losses read them through the sigmoid
 #     mu, sigma^2     mu, log_var   (B, d) each
@@ -177,7 +178,7 @@ class Machine:
 # D15 | silent on the MSE's scale  | `mse`: of pixels in [0, 1]; `mse_pm1`: in [-1, 1]   | -
 # D16 | CelebA: crop's size silent | the central 140 x 140, as IVAAE and WAE have it     | -
 
-# --------------------------------------------------------------------------------------- settings
+# ---- Settings ------------------------------------------------------------------------------------
 
 MODELS = {  # the systems, and what each changes of AIMConfig
     "aim": {}, "gan": {}, "pacgan": {}, "unrolled": {}, "ali": {},
@@ -279,7 +280,7 @@ def preset(model=None, dataset=None, authors=False):
     return AIMConfig(model=model, dataset=dataset, **settings)
 
 
-# --------------------------------------------------------------------------------------- networks
+# ---- Networks ------------------------------------------------------------------------------------
 
 FC = nn.Linear
 CONV = nn.Conv2d
@@ -591,7 +592,7 @@ def initialise(model, std):
                 nn.init.zeros_(module.bias)
 
 
-# ------------------------------------------------------- losses: scalars to be minimised, in nats
+# ---- Losses: scalars to be minimised, in nats ----------------------------------------------------
 # D's outputs are logits (B,): -log sigmoid(v) = softplus(-v), -log(1 - sigmoid(v)) = softplus(v).
 
 
@@ -645,7 +646,7 @@ def adam_step(weights, gradients, moments, t, lr, betas, eps=1e-8):
     return new, moments
 
 
-# ----------------------------------------------------------------------------------------- models
+# ---- Models --------------------------------------------------------------------------------------
 
 
 class GAN(nn.Module):
@@ -938,7 +939,7 @@ def build(config, machine=None, channels=None, steps=None, steps_per_epoch=None)
     return CLASSES[config.model](config, machine, channels, steps, steps_per_epoch)
 
 
-# ---------------------------------------------------------------------------------------- figures
+# ---- Figures -------------------------------------------------------------------------------------
 
 
 def figures_points(model, folder, step, x, y, classes):
@@ -1089,8 +1090,8 @@ def make_evaluator(config, machine, train_set, test_set):
 def evaluate(model, evaluator, folder, step, test, classes):
     """Pictures and metrics of one moment, without disturbing the training's random numbers.
 
-    test: (x, y), what the pictures show. Adds to the evaluator's metrics sigma, the mean deviation
-    of q(z|x) over 100 test items, where it is learnt, and eval_s, the seconds all this took.
+    test: (x, y), what the pictures show. Adds to the evaluator's metrics `sigma`, the mean standard
+    deviation of q(z|x) over 100 test items, if E learns it; `eval_s`, the seconds all this took.
     """
     began = time.time()
     figures = figures_images if model.config.size else figures_points
@@ -1121,6 +1122,7 @@ def train(config, machine, folder, checkpoint=None):
     steps = config.steps or math.ceil(config.epochs * batches.steps_per_epoch)
     if checkpoint and not run.other_data:
         steps = max(steps, checkpoint["step"])
+    # Ours: twelve evaluations, or every 10 epochs.
     eval_every = config.eval_every or max(1, min(10 * batches.steps_per_epoch, steps // 12))
     torch.manual_seed(config.seed)  # every rank builds the same networks
     model = build(config, machine, train_set.channels, steps, batches.steps_per_epoch)
@@ -1134,13 +1136,15 @@ def train(config, machine, folder, checkpoint=None):
         data.compile_networks(model)
     run.save("last.pt", start)  # resumable from any kill
     result = {}
+
+    # Train: a batch, a step; now and then a line of the log, an evaluation, a checkpoint.
     with run:
         for step in range(start + 1, steps + 1):
             x, _ = next(batches)
             run.add(step, model.step(x))
-            leave = run.interrupted(step)  # Ctrl-C or SIGTERM
+            leaves = run.interrupted(step)  # Ctrl-C or SIGTERM
             evaluates = step % eval_every == 0 or step == steps
-            saves = evaluates or leave or step % data.SAVE_EVERY == 0
+            saves = evaluates or leaves or step % data.SAVE_EVERY == 0
             if evaluates or step % data.LOG_EVERY == 0:
                 run.log_losses(step)
             run.status(step)
@@ -1156,7 +1160,7 @@ def train(config, machine, folder, checkpoint=None):
                     run.save("best.pt", step)
             if saves:
                 run.save("last.pt", step)
-            if leave:
+            if leaves:
                 run.leave(step)
     return result
 

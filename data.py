@@ -102,7 +102,7 @@ class Steady:
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w")  # None: it was closed from the start
         self.error = None
-        if hasattr(self.stream, "reconfigure"):  # of a name that it has no letters for
+        if hasattr(self.stream, "reconfigure"):  # a name may have letters that its encoding lacks
             self.stream.reconfigure(errors="backslashreplace")
 
     def __getattr__(self, name):
@@ -115,7 +115,7 @@ class Steady:
         except (OSError, ValueError) as error:
             self.error = error
             with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
-                os.dup2(nowhere.fileno(), self.stream.fileno())  # with what is still buffered
+                os.dup2(nowhere.fileno(), self.stream.fileno())  # what is still buffered goes there
 
 
 class Parser(argparse.ArgumentParser):
@@ -1126,7 +1126,7 @@ class Settings:
                        choices=("auto", "off", "bf16", "fp16"))
     compile: bool = setting(False, "torch.compile the networks")
     eval_every: int | None = setting(None, "steps between evaluations", int, 1)
-    samples: int | None = setting(None, "generated images a metric is computed from", int, 20)
+    samples: int | None = setting(None, "generated items a metric is computed from", int, 20)
     inception: str | None = setting(None, "weights for fid: auto (downloads), a path, off", str)
     tensorboard: bool = setting(False, "also write scalars and pictures for TensorBoard")
 
@@ -1391,7 +1391,7 @@ def check_finite(model):
 
 # ---- Run folders ---------------------------------------------------------------------------------
 
-LOG_EVERY = 50  # steps
+LOG_EVERY = 50  # steps (ours)
 SAVE_EVERY = 500
 
 
@@ -1408,7 +1408,7 @@ def run_folder(args, default):
     Raises UserError if it holds something else than the run that is to be continued in it.
     """
     out = Path(os.path.expanduser(args.out or default))
-    if out.name in ("", ".."):  # to which no -2 can be put
+    if out.name in ("", ".."):  # such a name cannot be given a -2
         out = out.resolve()
     if args.resume is None:
         names = (out if n == 1 else out.with_name(f"{out.name}-{n}") for n in itertools.count(1))
@@ -1574,7 +1574,7 @@ class Run:
                 "new run, from step 0, that begins with its weights")
             self.model.iteration = 0
             for optimiser in optimisers_of(self.model).values():
-                optimiser.state.clear()  # whose own count of steps would not begin anew
+                optimiser.state.clear()  # else Adam would count on from the old run's steps
             return
         if fits(state["scaler"], SCALER):  # empty where the run was not of fp16 so far
             self.machine.scaler.load_state_dict(state["scaler"])

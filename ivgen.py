@@ -207,8 +207,8 @@ class IVGANConfig(Settings):
     lam: float = setting(.25, "weight of L_recon for G (Sec. 5)", least=0, models=WITH_E)
     mu_e: float = setting(1., "weight of L_IV for E (Sec. 5)", least=0, models=WITH_E)
     lam_e: float = setting(1., "weight of L_recon for E (Sec. 5)", least=0, models=WITH_E)
-    pack: int = setting(1, "m, images that D sees at once", least=1, models=("pacdcgan",))
-    unroll: int = setting(5, "K, steps that G looks ahead at D", least=0, models=("unrolled",))
+    pack: int = setting(1, "m, images that D sees at once (D22)", least=1, models=("pacdcgan",))
+    unroll: int = setting(5, "K, steps G looks ahead at D (D23)", least=0, models=("unrolled",))
     triples: int | None = setting(None, "fixed triples of all 70,000 digits (D22)", int, 1)
     e_steps: int = setting(1, "steps of E per iteration (D4)", least=1, models=IV)
     e_sign: str = setting("paper", "E's objective: paper, code (D3)", choices=("paper", "code"),
@@ -216,7 +216,8 @@ class IVGANConfig(Settings):
     d_norm: str = setting("table1", "batch norm in D: table1, dcgan, none (D2)",
                           choices=("table1", "dcgan", "none"))
     lr: float = setting(1e-4, "rate for D, f and G (Sec. 5: Adam; WGAN: RMSProp)", least=0)
-    lr_d: float | None = setting(None, "Adam's rate for D instead", float, 0, models=("unrolled",))
+    lr_d: float | None = setting(None, "Adam's rate for D instead (D23)", float, 0,
+                                models=("unrolled",))
     lr_e: float = setting(5e-3, "E's rate (Sec. 5; VEEGAN: D24)", least=0,
                           models=("veegan", *WITH_E))
     decay: str = setting("none", "of the rates: none, or linear, to 0 in the second half (D8)",
@@ -307,7 +308,9 @@ def multi_js(densities, weights=None):
     return torch.special.entr(weights @ densities).sum() - weights @ entropies
 
 
-# ---- Networks: Table 1, for 64 x 64 pixels, one stage fewer for 32, one more for 128; PacGAN's ---
+# ---- Networks: Table 1's and PacGAN's ------------------------------------------------------------
+
+# Table 1 is for 64 x 64 pixels. 32 have one stage fewer, 128 one more.
 
 def stages(size):
     """The number of stride-2 convolutions from `size` pixels down to 4: four for the paper's 64."""
@@ -487,12 +490,12 @@ def model_loss(adversarial, reconstruction, intervention, lam, mu):
 
 
 def code_loss(z, mean):
-    """VEEGAN: -log N(z; mean, I), summed over the d dimensions, mean over the batch (B, d)."""
+    """VEEGAN (D24): -log N(z; mean, I), summed over d dimensions, mean over the batch (B, d)."""
     return ((z - mean).square().sum(1) / 2).mean() + z.shape[1] / 2 * math.log(2 * math.pi)
 
 
 def gradient_penalty(critic, real, fake):
-    """WGAN-GP: E[(||grad critic(x)|| - 1)^2] between real and fake (B, ...); critic(x) is (B,)."""
+    """WGAN-GP's: E[(||grad critic(x)|| - 1)^2] between real and fake (B, ...); critic(x): (B,)."""
     u = torch.rand(len(real), *[1] * (real.dim() - 1), device=real.device)
     x = torch.lerp(fake.float(), real.float(), u).requires_grad_()
     gradient, = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
@@ -1387,9 +1390,9 @@ def build(config, machine=None, channels=3, steps=None, steps_per_epoch=None):
 def evaluate(model, evaluator, folder, step, x_test, train_set):
     """Pictures and metrics of one moment, which do not disturb the training's random numbers.
 
-    eval_s is the seconds all this took. For IVAAE's systems `fld`: Frechet distance of the prior
-    and the codes of `fld_n` training images, by Sec. 4's formula: 60,000, on MNIST all, of labelled
-    sets the first ones.
+    `eval_s` is the seconds all this took. For IVAAE's systems `fld` is the Frechet distance of
+    codes to the prior, by Sec. 4's formula. It takes the first 60,000 training images at most
+    (`fld_n`), which is all of MNIST.
     """
     began = time.time()
     c = model.config
@@ -1403,7 +1406,7 @@ def evaluate(model, evaluator, folder, step, x_test, train_set):
         result = {"fld": metrics.frechet_latent_distance(codes), "fld_n": len(codes)}
         protocol.append(f"fld: {len(codes)} {train_set.split} images")
     else:
-        if model.E is not None:     # D12: of its present weights, by full batches, uncompiled
+        if model.E is not None:     # D12: of its present weights, by 50 full batches (ours)
             images = data.ordered(train_set, 50 * c.batch, c.batch, m.device, c.size)
             with m.autocast(), torch.compiler.set_stance("force_eager"):
                 torch.optim.swa_utils.update_bn((x.to(memory_format=torch.channels_last)
@@ -1439,6 +1442,7 @@ def train(config, machine, folder, checkpoint=None):
     steps = config.steps or math.ceil(config.epochs * batches.steps_per_epoch)
     if checkpoint and not run.other_data:
         steps = max(steps, checkpoint["step"])
+    # Every 10 epochs (Table 2), of a shorter run a twelfth.
     eval_every = config.eval_every or max(1, min(10 * batches.steps_per_epoch, steps // 12))
     torch.manual_seed(config.seed)                              # all ranks build the same networks
     model = build(config, machine, train_set.channels, steps, batches.steps_per_epoch)
@@ -1464,7 +1468,7 @@ def train(config, machine, folder, checkpoint=None):
     with run:
         for step in range(start + 1, steps + 1):
             x, _ = next(batches)
-            run.add(step, model.step(x))                        # one iteration of Algorithm 1
+            run.add(step, model.step(x))
             leaves = run.interrupted(step)                      # Ctrl-C or SIGTERM
             evaluates = step % eval_every == 0 or step == steps
             saves = evaluates or leaves or step % data.SAVE_EVERY == 0
@@ -1474,7 +1478,7 @@ def train(config, machine, folder, checkpoint=None):
             if saves:
                 run.check_finite()
             if evaluates:
-                if run.main:                                    # Figs. 4 and 7: the curves
+                if run.main:
                     result = evaluate(model, evaluator, run.folder, step, x_test, train_set)
                     run.report(step, result)
                     metrics.draw_log_curves(run.folder, ("fid", "fcd", "kl", "fld"), title)

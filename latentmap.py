@@ -133,11 +133,11 @@ class Machine:
 #     line 4    D, five times:  down  relu(1 - D(code)) + relu(1 + D(g(z)))               Eq. (12)
 #     line 5    g:              down  -D(g(z))                                            Eq. (13)
 #
-# Deviations and choices ("code" is that of LatentMap's authors, gengcong940126/AGE).
-#     | paper                       | code                  | here                     | switch
+# Deviations and choices (the authors' code is gengcong940126/AGE).
+#     | paper                       | authors' code         | here                     | switch
 # D1  | ||x - x^||^2                | mean of |x - x^|      | mean of squares          | --recon
 #       A sum over 12,288 pixels would drown the other terms, which are of the order of lam^2.
-# D2  | silent on gamma, lambda,    | .2, .2, 1, 1; 2e-4,   | as the code; Adam's own  | --gamma
+# D2  | silent on gamma, lambda,    | .2, .2, 1, 1; 2e-4,   | as theirs; Adam's own    | --gamma
 #     | omegas, optimiser, counts   | beta1 0, batch 32     | beta2; d x 2, D x 5      | --lr ...
 #       All steps of d use one x, all of D one code; z and mu, one for each item, are drawn anew.
 #       x_1 is the batch reversed, x_2 the batch: as mu <= .5, x_mu is nearer to x_2.
@@ -147,14 +147,15 @@ class Machine:
 #     |                             | (roll: Gaussian)      | sqrt(dim), of mean square 1
 # D5  | autoencoder, then map       | both in every step    | .8, then .2 of the steps | --joint
 #       The paper does not say how long (points: .6, .4). best.pt comes from the second phase.
-# D6  | G, g, D, d: "Mimicry's      | G, E, d: its SNGAN-64 | as the code              | --size
+# D6  | G, g, D, d: "Mimicry's      | G, E, d: its SNGAN-64 | as theirs                | --size
 #     | architectures"              | g, D: MLPs            |                          |
 #       E is d with BN, and a mean over positions. d's and D's last layers go without spectral norm,
 #       which would leave them too small a range. MLPs' sizes, 32 pixels and points are ours.
 # D7  | Swiss roll, 5,000 points    | in 3-D, noise .05     | a plane spiral           | --dataset
-#       The rolls' steps, rates, weights and batch are ours (code, 3-D: all 5,000 points, 75,000
-#       steps, 2e-4): each of four systems has the best of six settings, seed 100, found in 3-D at
-#       width 128. Ours, too: MNIST's 25 epochs, CIFAR-10's 32 pixels; CelebA's 128-D is Mimicry's.
+#       The rolls' steps, rates, weights and batch are ours (theirs in 3-D: all 5,000 points,
+#       75,000 steps, 2e-4): each of four systems has the best of six settings on seed 100, found in
+#       3-D at width 128. Ours, too: MNIST's 25 epochs, CIFAR-10's 32 pixels. CelebA's 128
+#       dimensions are Mimicry's.
 # D8  | baselines: networks and     | see AUTHORS, script_, | their own papers', where | --authors
 #     | epochs as ours, else silent | _authors, `authors`   | not marked "ours"        |
 #       They share E, G, optimiser and batch. With the switch, vae, aae, introvae are as in scripts
@@ -374,7 +375,8 @@ def judge(dim, hidden, norm=None):
     return Network(*mlp(dim, hidden, 1, norm, slope=0.2), nn.Flatten(0))
 
 
-# The layers of E, with BN, or of d, spectral: data -> (B, n_out); and those of G: codes -> data.
+# encoder_*: the layers of E (with BN) or of d (spectral), data -> (B, n_out).
+# decoder_*: those of G, codes (B, dim) -> data.
 
 def encoder_64(channels, n_out, width, spectral):
     """Images (B, C, 64, 64): Mimicry's SNGAN-64 discriminator."""
@@ -587,9 +589,9 @@ class Autoencoder(nn.Module):
         return self.machine.adam(parameters, c.lr, (c.beta1, c.beta2))
 
     def constant(self, name):
-        """A class's `lam`, say: `lam_authors` for --authors, `lam_points` for points; else `lam`.
+        """The class attribute `name`, as there is one for each setting.
 
-        A name may also end in a data set, which goes before its kind.
+        With --authors NAME_authors goes first; then that of the data set, then of its kind.
         """
         c = self.config
         endings = ["_authors"] * c.authors + [f"_{c.dataset}", f"_{c.kind}", ""]
@@ -661,7 +663,7 @@ class LatentMap(Autoencoder):
         c = config
         self.map_from = 0 if c.joint else 2**62
         self.regularised = c.omega1 > 0 or c.omega2 > 0
-        if self.regularised:  # else nobody asks d
+        if self.regularised:  # else no loss reads d
             body = ENCODERS[c.networks](self.channels, c.latent, c.width, spectral=True)
             self.d = self.place(Critic(*body))
             self.optimiser_critic = self.adam(self.d)
@@ -787,7 +789,7 @@ class VAE(Autoencoder):
 
 
 class AAE(Autoencoder):
-    """AAE, Eq. (5): a discriminator matches codes to the prior; the order of updates is ours.
+    """AAE, Eq. (5) at alpha = lambda = 1: a D matches codes to the prior; the order is ours.
 
     E's second update is by the Adam of its first with --authors, else by one of its own. It logs
     reconstruction (D1); discriminator, D's loss; encoder, E's loss against D.
@@ -885,7 +887,7 @@ class IntroVAE(VAE):
             with torch.no_grad():
                 z_prior = self.prior(len(x))
                 x_gen = self.machine.without_running_stats(self.G, z_prior)
-            kl_rec = kl_normal(*self.posterior(x_rec.detach(), made=True))  # ng() of its Eq. (11)
+            kl_rec = kl_normal(*self.posterior(x_rec.detach(), made=True))  # its ng(), Eq. (11)
             kl_gen = kl_normal(*self.posterior(x_gen, made=True))
         kl_real = kl_normal(mu, log_var)
         kls = kl_real, kl_rec, kl_gen
@@ -957,7 +959,7 @@ class ALAE(Autoencoder):
     the loss of E and D without r1; r1, the penalty; generator, the loss of F and G; reciprocity.
     """
 
-    gamma = 10.0  # of R1
+    gamma = 10.0  # of R1 (its authors' code)
 
     def __init__(self, config, machine=None, channels=None):
         super().__init__(config, machine, channels)
@@ -1241,9 +1243,11 @@ NEAR = 0.05  # a ninth of the gap between two turns of the roll
 def point_metrics(model, test_set, samples):
     """What metrics.Evaluator is for images, for points: how far all lies from the manifold.
 
-    gen_dist, rec_dist: mean distance of samples, reconstructions to it; gen_gap: of it to samples;
-    chamfer: gen_dist + gen_gap; coverage, rec_coverage: share of it with a sample, reconstruction
-    within NEAR; mse: of the test points.
+    gen_dist, rec_dist      mean distance to it, of samples and of reconstructions
+    gen_gap                 mean distance from it to the samples
+    chamfer                 gen_dist + gen_gap
+    coverage, rec_coverage  share of it with a sample, or a reconstruction, within NEAR
+    mse                     of the reconstructed test points
     """
     unit = data.ROLL_UNIT.get(test_set.name)
     manifold = test_set.x[:5000]
@@ -1354,7 +1358,7 @@ def train(config, machine, folder, checkpoint=None):
     steps = config.steps or math.ceil(config.epochs * batches.steps_per_epoch)
     if checkpoint and not run.other_data:
         steps = max(steps, checkpoint["step"])
-    eval_every = config.eval_every or math.ceil(steps / 12)
+    eval_every = config.eval_every or math.ceil(steps / 12)  # ours: twelve evaluations
     torch.manual_seed(config.seed)  # all ranks build the same networks
     model = build(config, machine, train_set.channels, steps)
     evaluator = make_evaluator(config, machine, train_set, test_set) if run.main else None

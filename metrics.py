@@ -80,13 +80,13 @@ LEAST = {"is": 20, "kid": 2, "pr": 4}  # pictures: two in each split, two, more 
 SEED = 2020  # of everything drawn here: it never changes, so evaluations compare
 
 
-# ---------------------------------------------------------- features: the Inception network of 2015
+# ---- Features: the Inception network of 2015 -----------------------------------------------------
 # It differs from torchvision's inception_v3: 1008 outputs, no auxiliary head, average pools that do
 # not count the padding, and a max pool in the last block (a slip of the original graph, which every
 # FID since has inherited). Its names are those of the published checkpoint.
 
 HALVE = nn.MaxPool2d(3, 2)
-NEIGHBOURS_MEAN = nn.AvgPool2d(3, 1, 1, count_include_pad=False)  # of 6 at an edge, 4 in a corner
+NEIGHBOURS_MEAN = nn.AvgPool2d(3, 1, 1, count_include_pad=False)  # over 6 at an edge, 4 in a corner
 
 
 class Unit(nn.Module):
@@ -365,7 +365,7 @@ class InceptionFeatures:
             return features, features @ self.net.fc.weight.T
 
 
-# --------------------------------------------------------------------------------------- statistics
+# ---- Statistics ----------------------------------------------------------------------------------
 
 def as_tensor(x):
     """A tensor or an array as it is; plain numbers and lists in float64."""
@@ -545,7 +545,7 @@ def real_statistics(dataset, n, size, extract, root="data", batch=250, label=Non
         "moments": Moments.of(saved, extract.dim), "is": saved["is"] and float(saved["is"])})
 
 
-# ---------------------------------------------------------------------------------------- distances
+# ---- Distances -----------------------------------------------------------------------------------
 
 def frechet_distance(mu1, cov1, mu2, cov2):
     """Squared Frechet distance of Gaussians, |mu1-mu2|^2 + Tr(cov1 + cov2 - 2(cov1 cov2)^(1/2)).
@@ -790,7 +790,7 @@ def reconstruction_mse(x, y):
     return F.mse_loss(y.double(), x.double()).item()
 
 
-# -------------------------------------------------------------------------------------- classifiers
+# ---- Classifiers ---------------------------------------------------------------------------------
 # An inception score depends on its classifier. AIM's Table 1 scores MNIST by that of Li et al.
 # (ALICE, NeurIPS 2017; github.com/ChunyuanLI/MNIST_Inception_Score): real test images get 9.879.
 # They train on 55,000 images and four fixed copies of each, turned by up to 15 degrees and moved by
@@ -963,7 +963,7 @@ class ClassifierFeatures:
         return (digits * digits.new_tensor([100, 10, 1])).sum(1)
 
 
-# ---------------------------------------------------------------------------------------- evaluator
+# ---- Evaluator -----------------------------------------------------------------------------------
 
 class Evaluator:
     """What training loops report of images, for a model given as two functions.
@@ -1127,7 +1127,7 @@ def best_first(metrics, names):
     return next((metrics[name] for name in names if name in metrics), None)
 
 
-# ------------------------------------------------------------------------------ pictures and curves
+# ---- Pictures and curves -------------------------------------------------------------------------
 
 def fixed_noise(n, d, seed=0):
     """(n, d) from N(0, I) on the CPU, always the same; a training's random numbers go on."""
@@ -1236,7 +1236,7 @@ def draw_samples(model, folder, n, seed=0):
     print(f"{n} samples in {drawn}")
 
 
-# ---------------------------------------------------------------------------------------- benchmark
+# ---- Benchmark -----------------------------------------------------------------------------------
 
 def benchmark(model, x, steps, compiled=False):
     """Speed, FLOP/s and peak memory of `model.step(x)`, after warming up, as a dict for JSON."""
@@ -1316,7 +1316,7 @@ def machine_rates(machine, seconds=0.3):
     return conv, rate(lambda: a @ a, 2 * side**3)
 
 
-# ------------------------------------------------------------------------------------- command line
+# ---- Command line --------------------------------------------------------------------------------
 
 @dataclass
 class Source:
@@ -1380,7 +1380,7 @@ def open_file(path):
         if "mu" not in found:
             return Dataset(path.name, "array", of_array(found["arr_0"]), None, 0)
         mean, cov = (torch.from_numpy(found[name]) for name in ("mu", "sigma"))
-        moments = Moments.of({"n": 2, "mean": mean, "scatter": cov})  # whose n - 1 is 1
+        moments = Moments.of({"n": 2, "mean": mean, "scatter": cov})  # so scatter / (n - 1) is cov
         about = "; count, flavour and weights are the file's own word"
         return Source("statistics", (moments, "", ""), path.name, None, set(), about)
     except Exception as error:  # the readers of zip files, arrays and tensors raise a dozen kinds
