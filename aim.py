@@ -246,11 +246,7 @@ class AIMConfig(Settings):
     def check(self):
         """Raises UserError, in one sentence, for settings that cannot work."""
         super().check()
-        if self.dataset in POINT_SETS:
-            for name in ("size", "inception"):
-                if getattr(self, name) is not None:
-                    raise UserError(f"--{name} is of images; {self.dataset} holds points")
-        elif self.size not in (28, 64):
+        if self.dataset not in POINT_SETS and self.size not in (28, 64):
             raise UserError(f"--size {self.size}: the paper has networks for 28 pixels (Table 3) "
                             "and for 64 (Table 4)")
         if self.width and self.width % 2:
@@ -261,8 +257,16 @@ class AIMConfig(Settings):
             raise UserError("--compile does not go with unrolled, which differentiates D's steps")
 
 
+@dataclass
+class PointsConfig(AIMConfig):
+    """The settings for points: without pixels and FID, so without these two flags."""
+
+    size: int | None = setting(None)
+    inception: str | None = setting(None)
+
+
 def preset(model=None, dataset=None, authors=False):
-    """AIMConfig: the paper's values, then the data set's, the system's, and its own `authors`'.
+    """The paper's values, then what the data set, the system and its own `authors` change.
 
     Raises UserError for a system there is not, and for one without settings of its authors.
     """
@@ -277,7 +281,8 @@ def preset(model=None, dataset=None, authors=False):
         if own is None:
             raise UserError(f"--authors: there are no such settings of {model} on {dataset}")
         settings = settings | own | dict(authors=True)
-    return AIMConfig(model=model, dataset=dataset, **settings)
+    config = PointsConfig if dataset in POINT_SETS else AIMConfig
+    return config(model=model, dataset=dataset, **settings)
 
 
 # ---- Networks ------------------------------------------------------------------------------------

@@ -4917,8 +4917,8 @@ MISTAKES = {  # of every file, then of each
     aim: {
         "--model gan --lam 1": "unrecognized arguments: --lam",
         "--k 1": "unrecognized arguments: --k",
-        "--size 28": "--size",
-        "--inception auto": "--inception",
+        "--size 28": "unrecognized arguments: --size 28",
+        "--inception auto": "unrecognized arguments: --inception auto",
         "--dataset cifar10 --size 32": "--size 32: the paper has networks for 28",
         "--dataset digits --size 0": "--size 0: the paper has networks for 28",
         "--width 5": "--width 5 is not an even number",
