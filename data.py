@@ -1965,7 +1965,7 @@ def measured(runs, metric, table, scale=1):
     mean = sum(values) / len(values)
     if len(values) == 1:
         return dict(value=mean, seed=seeds[0]) | line
-    std = (sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** .5
+    std = (sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5
     return dict(value=mean, std=std, n_seeds=len(values), seed=seeds, each=values) | line
 
 

@@ -200,13 +200,13 @@ class IVGANConfig(Settings):
     width: int = setting(64, "channels after the first convolution (Table 1)", least=1)
     latent: int = setting(100, "d, the code's dimensions (Sec. 5)", least=2)
     batch: int = setting(64, "n, images per step and rank (author code)", least=2)
-    epochs: float = setting(400., "training length (author code)", least=1e-9)
+    epochs: float = setting(400.0, "training length (author code)", least=1e-9)
     k: int = setting(4, "blocks, so interventions (Sec. 5; Table 4)", least=2, models=IV)
-    mu: float = setting(.5, "of L_IV for G, V_class for f (Sec. 5); of mode in MRGAN (D9)", least=0,
-                        models=WITH_E)
-    lam: float = setting(.25, "weight of L_recon for G (Sec. 5)", least=0, models=WITH_E)
-    mu_e: float = setting(1., "weight of L_IV for E (Sec. 5)", least=0, models=WITH_E)
-    lam_e: float = setting(1., "weight of L_recon for E (Sec. 5)", least=0, models=WITH_E)
+    mu: float = setting(0.5, "of L_IV for G, V_class for f (Sec. 5); of mode in MRGAN (D9)",
+                        least=0, models=WITH_E)
+    lam: float = setting(0.25, "weight of L_recon for G (Sec. 5)", least=0, models=WITH_E)
+    mu_e: float = setting(1.0, "weight of L_IV for E (Sec. 5)", least=0, models=WITH_E)
+    lam_e: float = setting(1.0, "weight of L_recon for E (Sec. 5)", least=0, models=WITH_E)
     pack: int = setting(1, "m, images that D sees at once (D22)", least=1, models=("pacdcgan",))
     unroll: int = setting(5, "K, steps G looks ahead at D (D23)", least=0, models=("unrolled",))
     triples: int | None = setting(None, "fixed triples of all 70,000 digits (D22)", int, 1)
@@ -222,8 +222,8 @@ class IVGANConfig(Settings):
                           models=("veegan", *WITH_E))
     decay: str = setting("none", "of the rates: none, or linear, to 0 in the second half (D8)",
                          choices=("none", "linear"))
-    beta1: float = setting(.5)                              # Sec. 5
-    beta2: float = setting(.999)                            # Sec. 5
+    beta1: float = setting(0.5)                             # Sec. 5
+    beta2: float = setting(0.999)                           # Sec. 5
     loss: str = setting("lsgan")                            # dcgan, lsgan, wgan, wgan-gp
     steps_of_d: int = setting(1)                            # D10: steps of D for one of G
     steps_of_g: int = setting(1)                            # D21: steps of G on the same z
@@ -247,14 +247,14 @@ class IVGANConfig(Settings):
             raise UserError("--amp fp16: fp16 loses the gradients of unrolling; use bf16 or off")
 
 
-LSGAN_NOISE = ((0, .05), (.125, .01), (.25, .001), (.5, 0.))    # D7: epochs 0, 50, 100, 200 of 400
-DCGAN_NOISE = ((0, .05), (.25, .01), (.5, .003), (.75, .001))   # D7: epochs 0, 100, 200, 300
+LSGAN_NOISE = ((0, 0.05), (0.125, 0.01), (0.25, 0.001), (0.5, 0.0))  # D7: epochs 0, 50, 100, 200
+DCGAN_NOISE = ((0, 0.05), (0.25, 0.01), (0.5, 0.003), (0.75, 0.001))  # D7: epochs 0, 100, 200, 300
 IVGAN_MODELS = {                                                # what each system changes
     "dcgan": dict(loss="dcgan"),
     "lsgan": dict(loss="lsgan"),
     "wgan": dict(loss="wgan", steps_of_d=5, lr=5e-5),
-    "wgan-gp": dict(loss="wgan-gp", steps_of_d=5, beta1=0., beta2=.9),
-    "mrgan": dict(loss="dcgan", mu=.25, lam=.25, mu_e=.25, lam_e=.25),
+    "wgan-gp": dict(loss="wgan-gp", steps_of_d=5, beta1=0.0, beta2=0.9),
+    "mrgan": dict(loss="dcgan", mu=0.25, lam=0.25, mu_e=0.25, lam_e=0.25),
     "ivdcgan": dict(loss="dcgan", noise_schedule=DCGAN_NOISE),
     "ivlsgan": dict(loss="lsgan", noise_schedule=LSGAN_NOISE),
     "veegan": dict(loss="dcgan", lr=2e-4, lr_e=2e-4),           # D24
@@ -263,11 +263,11 @@ IVGAN_MODELS = {                                                # what each syst
 }
 IVGAN_DATASETS = {                                              # what a data set changes
     "digits": dict(size=32, width=32, latent=16, batch=32, steps=3200, eval_every=1600, lr=1.5e-3,
-                   decay="linear", beta2=.99),                  # ours: quick on two cores
+                   decay="linear", beta2=0.99),                 # ours: quick on two cores
     "stacked-digits": dict(size=32, width=32, steps=20_000, samples=26_000),    # ours
     "stacked-mnist": dict(steps=100_000, samples=26_000),       # Table 3; PacGAN's count of samples
-    "lsun-church": dict(epochs=100.),                           # ours: 126,227 images
-    "celeba": dict(epochs=100.),                                # ours: 162,770 training images
+    "lsun-church": dict(epochs=100.0),                          # ours: 126,227 images
+    "celeba": dict(epochs=100.0),                               # ours: 162,770 training images
 }
 
 
@@ -278,7 +278,7 @@ def preset_ivgan(model, dataset, network=None):
         changes |= dict(network=network, size=28, d_norm="dcgan")           # D20
         changes |= PACGAN if model == "dcgan" else {}                       # D21
     if dataset == "digits":
-        changes["noise_schedule"] = ((0, .2),)                  # ours, for all systems (D7)
+        changes["noise_schedule"] = ((0, 0.2),)                 # ours, for all systems (D7)
     return IVGANConfig(model=model, dataset=dataset, **changes)
 
 
@@ -320,11 +320,11 @@ def stages(size):
 def init_weights(module):
     """DCGAN's: weights N(0, .02), BN weights N(1, .02), biases 0. FC layers as convolutions."""
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
-        nn.init.normal_(module.weight, 0., .02)
+        nn.init.normal_(module.weight, 0.0, 0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
     elif isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
-        nn.init.normal_(module.weight, 1., .02)
+        nn.init.normal_(module.weight, 1.0, 0.02)
         nn.init.zeros_(module.bias)
 
 
@@ -342,7 +342,7 @@ class Convolutions(nn.Sequential):
             layers.append(nn.Conv2d(channels, c, kernel, 2, (kernel - 1) // 2, bias=not has_norm))
             if has_norm:
                 layers.append(nn.BatchNorm2d(c))
-            layers.append(nn.LeakyReLU(.2, inplace=True))
+            layers.append(nn.LeakyReLU(0.2, inplace=True))
             channels = c
         super().__init__(*layers)
         self.c = c
@@ -417,7 +417,7 @@ class PairDiscriminator(nn.Module):
     def __init__(self, trunk, latent):
         super().__init__()
         self.trunk = trunk
-        self.pair = nn.Sequential(nn.Linear(trunk.features + latent, 200), nn.LeakyReLU(.2),
+        self.pair = nn.Sequential(nn.Linear(trunk.features + latent, 200), nn.LeakyReLU(0.2),
                                   nn.Linear(200, 1))
         self.apply(init_weights)
 
@@ -560,14 +560,14 @@ class GAN(nn.Module):
         if self.config.decay == "linear" and self.steps:
             for optimiser in data.optimisers_of(self).values():
                 group = optimiser.param_groups[0]
-                left = max(0., 2 - 2 * self.iteration / self.steps)
-                group["lr"] = group["initial_lr"] * min(1., left)
+                left = max(0.0, 2 - 2 * self.iteration / self.steps)
+                group["lr"] = group["initial_lr"] * min(1.0, left)
 
     def noisy(self, x):
         """Instance noise on what D judges (Sec. 5; D7)."""
-        done = self.iteration / self.steps if self.steps else 0.
+        done = self.iteration / self.steps if self.steps else 0.0
         reached = [deviation for start, deviation in self.config.noise_schedule if done >= start]
-        std = reached[-1] if reached else 0.
+        std = reached[-1] if reached else 0.0
         return x + std * torch.randn_like(x) if std else x
 
     def step(self, x):
@@ -611,7 +611,7 @@ class GAN(nn.Module):
         if c.loss == "wgan":
             with torch.no_grad():
                 for parameter in self.D.parameters():
-                    parameter.clamp_(-.01, .01)                 # D10: keeps the critic Lipschitz
+                    parameter.clamp_(-0.01, 0.01)               # D10: keeps the critic Lipschitz
         return losses
 
     def decode(self, z):
@@ -914,17 +914,17 @@ class IVAAEConfig(Settings):
     width: int = setting(128, "hidden units, or channels of E's first layer (Table 4)", least=1)
     latent: int = setting(64, "d, the code's dimensions", least=2)
     batch: int = setting(100, "m, images per step and rank", least=2)
-    epochs: float = setting(300., "training length", least=1e-9)
+    epochs: float = setting(300.0, "training length", least=1e-9)
     t: int = setting(4, "bridge distributions", least=1, models=BRIDGED)
-    mu1: float = setting(4., "(t + 1) mu1, D's weight of L_IV", least=0, models=WITH_D)
-    mu2: float = setting(2., "(t + 1) mu2, E's weight of L_IV", least=0, models=WITH_D)
+    mu1: float = setting(4.0, "(t + 1) mu1, D's weight of L_IV", least=0, models=WITH_D)
+    mu2: float = setting(2.0, "(t + 1) mu2, E's weight of L_IV", least=0, models=WITH_D)
     e_loss: str = setting("iv", "iv, prior: E's loss (D15)", choices=("iv", "prior"), models=WITH_D)
-    lam: float = setting(1., "lambda, the weight of L_recon", least=0)
-    lam_mmd: float = setting(100., "the MMD's weight (WAE's)", least=0, models=("wae-mmd",))
+    lam: float = setting(1.0, "lambda, the weight of L_recon", least=0)
+    lam_mmd: float = setting(100.0, "the MMD's weight (WAE's)", least=0, models=("wae-mmd",))
     lr: float = setting(1e-3, "Adam's rate for G", least=0)
     lr_e: float = setting(1e-3, "Adam's rate for E", least=0)
     lr_d: float = setting(5e-4, "Adam's rate for D", least=0, models=WITH_D)
-    decay: tuple = setting(((30, .5), (50, .1), (100, .01)))    # (epoch, factor of the rates)
+    decay: tuple = setting(((30, 0.5), (50, 0.1), (100, 0.01)))  # (epoch, factor of the rates)
     samples: int = setting(20_000, "generated images a metric is computed from (Sec. 4)", least=20)
 
     def check(self):
@@ -938,7 +938,7 @@ class IVAAEConfig(Settings):
 
 IVAAE_MODELS = ("wae-mmd", "aae", *BRIDGED)                     # Tables 1 and 2, row by row
 IVAAE_TABLE3 = dict(network="fc", width=1024, latent=16, batch=64, lr=1e-4, lr_e=5e-5, lr_d=1e-4,
-                    decay=((100, .5), (200, .25)), lam_mmd=10.)     # Table 3; Sec. 4, MNIST; WAE's
+                    decay=((100, 0.5), (200, 0.25)), lam_mmd=10.0)  # Table 3; Sec. 4, MNIST; WAE's
 IVAAE_DATASETS = {                                              # what a data set changes
     "mnist": IVAAE_TABLE3,
     "fashion-mnist": IVAAE_TABLE3,
@@ -986,14 +986,14 @@ def radial_substitute(z, step, t, noise):
     return z * math.cos(angle) + noise * math.sin(angle)
 
 
-def median_bandwidth(z, scale=100.):
+def median_bandwidth(z, scale=100.0):
     """h = scale med^2 / log n (Sec. 4), med the median pairwise distance of points z (n, d)."""
     with torch.no_grad():
         median = F.pdist(z.float()).median()
         return (scale * median.square() / math.log(len(z))).clamp_min(1e-12)    # codes may coincide
 
 
-def svgd_step(z, bandwidth, epsilon=1.):
+def svgd_step(z, bandwidth, epsilon=1.0):
     """Eq. (2), as printed: one Stein variational gradient step of z (n, d) towards N(0, I).
 
     Exact where particles coincide. Forms n x n x d numbers. Returns (n, d), differentiable in z.
@@ -1006,7 +1006,7 @@ def svgd_step(z, bandwidth, epsilon=1.):
     return z + epsilon / len(z) * total
 
 
-def svgd_chain(z, t, every=2, noise=.1):
+def svgd_chain(z, t, every=2, noise=0.1):
     """The third bridge (Sec. 4): [z, z^1, .., z^(t-1)] by `every` SVGD steps each, z^t the prior's.
 
     z (n, d), n >= 2. The bandwidth is that of the particles at hand. Noise of deviation `noise`
@@ -1080,7 +1080,7 @@ def prior_loss(logits):
 
 def squared_error(x_hat, x):
     """L_recon: .05 times the squared error summed over an image, mean over the batch (D14)."""
-    return .05 * (x_hat.float() - x.float()).square().flatten(1).sum(1).mean()
+    return 0.05 * (x_hat.float() - x.float()).square().flatten(1).sum(1).mean()
 
 
 # ---- Models --------------------------------------------------------------------------------------
@@ -1110,13 +1110,13 @@ class AutoEncoder(nn.Module):
     def adam(self, *groups):
         """Adam over these parameters, each group at the rate that the decay starts from."""
         groups = [group | dict(initial_lr=group["lr"]) for group in groups]
-        return self.machine.adam(groups, self.config.lr, (.5, .999))        # D14
+        return self.machine.adam(groups, self.config.lr, (0.5, 0.999))      # D14
 
     def set_rates(self):
         """The learning rates' decay by epoch (Sec. 4), by the same factor for all networks."""
-        epoch = self.iteration / self.steps_per_epoch if self.steps_per_epoch else 0.
+        epoch = self.iteration / self.steps_per_epoch if self.steps_per_epoch else 0.0
         reached = [value for start, value in self.config.decay if epoch >= start]
-        factor = reached[-1] if reached else 1.
+        factor = reached[-1] if reached else 1.0
         for optimiser in data.optimisers_of(self).values():
             for group in optimiser.param_groups:
                 group["lr"] = factor * group["initial_lr"]
@@ -1313,9 +1313,9 @@ TABLES = {
         columns=[("modes", "stacked-mnist", "modes"), ("KL", "stacked-mnist", "kl")],
         rows={"DCGAN": ("--model dcgan", 78.9, 4.50), "VEEGAN": ("--model veegan", 150.0, 2.95),
               "Unrolled GAN": ("--model unrolled", 48.7, 4.32),
-              "PacDCGAN": ("--model pacdcgan", 1000, .06), "LSGAN": ("--model lsgan", 53, 3.88),
-              "IVLSGAN": ("--model ivlsgan", 1000, .07),
-              "IVDCGAN": ("--model ivdcgan", 1000, .08)}),
+              "PacDCGAN": ("--model pacdcgan", 1000, 0.06), "LSGAN": ("--model lsgan", 53, 3.88),
+              "IVLSGAN": ("--model ivlsgan", 1000, 0.07),
+              "IVDCGAN": ("--model ivdcgan", 1000, 0.08)}),
     "4": dict(
         title="IVGAN, Table 4 and Fig. 7: minimum of FID of IVLSGAN, by mu and k", choose="min",
         columns=[("FID", "cifar10", "fid")],
@@ -1343,10 +1343,10 @@ TABLES = {
         title="IVAAE, Table 2: FLD at the best FID", choose="best",
         columns=[("MNIST", "mnist", "fld"), ("CelebA", "celeba", "fld"),
                  ("CIFAR-10", "cifar10", "fld")],
-        rows={"WAE-MMD": ("--model wae-mmd", .05, .34, 10.9),
+        rows={"WAE-MMD": ("--model wae-mmd", 0.05, 0.34, 10.9),
               "AAE (WAE-GAN)": ("--model aae", 5.5, 1.5, 15.1),
-              "IVAAE, blockwise": ("--model ivaae-bw", .2, .22, 4.0),
-              "IVAAE, radial": ("--model ivaae-rad", .07, .18, 11.8),
+              "IVAAE, blockwise": ("--model ivaae-bw", 0.2, 0.22, 4.0),
+              "IVAAE, radial": ("--model ivaae-rad", 0.07, 0.18, 11.8),
               "IVAAE, SVGD": ("--model ivaae-svgd", 5.7, None, None)}),
     "ivaae-fig2": dict(
         title="IVAAE, Fig. 2: the loss of D alone after 50 epochs", probe="discriminator",

@@ -689,7 +689,7 @@ def mmd_imq(a, b):
     """
     def kernel(u, v):
         d2 = (u.square().sum(1)[:, None] + v.square().sum(1) - 2 * u @ v.T).clamp_min(0)
-        scales = [2 * a.shape[1] * s for s in (.1, .2, .5, 1., 2., 5., 10.)]
+        scales = [2 * a.shape[1] * s for s in (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)]
         return sum(c / (c + d2) for c in scales)
 
     def within(k):
