@@ -142,7 +142,7 @@ class Machine:
 # | D2  | BN after D's first layer     | none there            | as the paper           | --d-norm |
 #         WGAN-GP's own paper has no BN in D ("none"), but Sec. 5 wants one architecture for all.
 #         With it, LSGAN and PacDCGAN (width 8) make grey pictures of stacked MNIST, which count as
-#         one mode of 1,000; without it LSGAN has 900 (assets/RESULTS.md).
+#         one mode of 1,000; without it LSGAN has 940 (assets/RESULTS.md).
 # | D3  | E maximises f's loss         | minimises it alone    | as the paper           | --e-sign |
 #         Lines 15, 17 print "+ alpha": read literally, G and E ascend and help f, as the code's E.
 # | D4  | "number of inner iteration"  | ten steps of E        | one step of each       | --e-steps|
