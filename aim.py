@@ -122,7 +122,7 @@ class Machine:
 #     z ~ p(z)        z             (B, d) from N(0, I); z -> x is Fig. 1
 #     x~ = G(z)       x_tilde       as x; G is deterministic (Sec. 5)
 #     D_feature(x)    h             (B, 128, 7, 7), (B, 1024, 4, 4), or (B, 200) of points
-#     D_feature, _con features, critic
+#     D_con           critic        h -> (B,); D_feature is `features`
 #     rho_q, rho_p    rho_q, rho_p  (B,) D(x) = D_con(D_feature(x)), and D(x~). The code holds the
 #                                   logits; the losses read them through the sigmoid
 #     mu, sigma^2     mu, log_var   (B, d) each
