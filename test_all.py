@@ -6053,8 +6053,8 @@ def render_count(lines):
             is_done = (settings_of_command(command), value) in done
             cells[cell] = cells.get(cell, False) or is_done
     n = sum(cells.values())
-    return (f"Of the {len(cells)} numbers in the papers' tables, {n} are measured here at the full "
-            f"recipe; {len(cells) - n} are not.")
+    return (f"Of the papers' {len(cells)} numbers, {n} are measured here at the full recipe, "
+            "ours where none is printed.")
 
 
 def filled(text):
