@@ -1705,7 +1705,7 @@ class Run:
             if path.exists():
                 picture = np.asarray(Image.open(path).convert("RGB"))  # however large it is
                 self.board.add_image(name, picture, step, dataformats="HWC")
-        shown = {k: f"{v:.4g}" if isinstance(v, (int, float)) else v for k, v in metrics.items()
+        shown = {k: rounded(v, 4) if isinstance(v, (int, float)) else v for k, v in metrics.items()
                  if k != "protocol" and not isinstance(v, list)}
         print("\r\033[K" if sys.stderr.isatty() else "", end="", file=sys.stderr, flush=True)
         print(f"step {step}: " + "  ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
@@ -1911,9 +1911,9 @@ def table_text(name, table, runs, waiting):
             line = measured(mine, metric, table, 100 if "%" in heading else 1)
             cells += ["–" if value is None else f"{value:g}", "–"]
             if line:
-                cells[-1] = f"{line['value']:.4g}"
+                cells[-1] = rounded(line["value"], 4)
                 if "std" in line:
-                    cells[-1] += f" ± {line['std']:.2g} ({line['n_seeds']})"
+                    cells[-1] += f" ± {rounded(line['std'], 2)} ({line['n_seeds']})"
                 if line["key"] != metric:
                     cells[-1] += f" ({line['key']})"
                 if any(run["folder"] in waiting for run in mine):
@@ -1924,6 +1924,11 @@ def table_text(name, table, runs, waiting):
                                   published=value if same else None) | line)
         text.append(f"| {' | '.join(cells)} |")
     return lines, text
+
+
+def rounded(value, digits):
+    """A number with so many significant digits: 490 and not 4.9e+02; beyond a million, 1.2e+13."""
+    return f"{float(f'{value:.{digits}g}'):g}"
 
 
 def measured(runs, metric, table, scale=1):

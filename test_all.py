@@ -5598,16 +5598,17 @@ def test_style(name):
     assert not found
 
 
-@pytest.mark.parametrize("choose, fids, good, by", [
-    (None, [5, 8], [0.25, 0.5], ""), ("min", [3, 8], [0.25, 0.5], ""),
-    ("best", [3, 8], [0.75, 0.5], "; at the best fid")])
-def test_the_numbers_of_a_table(choose, fids, good, by, tmp_path):
+@pytest.mark.parametrize("choose, fids, good, by, cells", [
+    (None, [5, 800], [25, 50], "", "402.5 ± 560 (2) | – | 37.5 ± 18 (2)"),
+    ("min", [3, 800], [25, 50], "", "401.5 ± 560 (2) | – | 37.5 ± 18 (2)"),
+    ("best", [3, 800], [75, 50], "; at the best fid", "401.5 ± 560 (2) | – | 62.5 ± 18 (2)")])
+def test_the_numbers_of_a_table(choose, fids, good, by, cells, tmp_path):
     """Two seeds of A; of B, whose fid could not be measured, the fcd, which has no such name."""
     columns = [("FID", "digits", "fid"), ("good, %", "digits", "good")]
     table = dict(title="T", columns=columns, choose=choose,
                  rows={"A": ("--model a", 7.5, None), "B": ("--model b", 2, 50)})
     logs = [[dict(step=1, fid=3, fcd=9, good=0.75), dict(step=2, fid=5, good=0.25), dict(d=1)],
-            [dict(step=2, fid=8, good=0.5)], [dict(step=2, fcd=0.5, good=1)], []]
+            [dict(step=2, fid=800, good=0.5)], [dict(step=2, fcd=0.5, good=1)], []]
     runs = data.table_runs("x", table, 2, ["--lr", "1"], tmp_path)
     about = dict.fromkeys(("machine", "revision", "python", "torch", "torchvision", "precision"), 0)
     for run, log in zip(runs, logs):
@@ -5618,14 +5619,9 @@ def test_the_numbers_of_a_table(choose, fids, good, by, tmp_path):
         assert run["flags"][2:] == ["--dataset", "digits", "--lr", "1", "--seed", str(run["seed"])]
     assert [(run["row"], run["seed"]) for run in runs] == [("A", 0), ("A", 1), ("B", 0), ("B", 1)]
     lines, text = data.table_text("x-tableT", table, runs, {runs[3]["folder"]})
-    def cell(values):
-        mean = statistics.mean(values)
-        return f"{mean:.4g} ± {statistics.stdev(values):.2g} (2)"
-
-    percent = [100 * value for value in good]
-    assert text[-2:] == [f"| A | 7.5 | {cell(fids)} | – | {cell(percent)} |",
+    assert text[-2:] == [f"| A | 7.5 | {cells} |",
                          "| B | 2 | 0.5 (fcd) (unfinished) | 50 | 100 (unfinished) |"]
-    wanted = [("A", "FID", 7.5, "fid", fids), ("A", "good, %", None, "good", percent),
+    wanted = [("A", "FID", 7.5, "fid", fids), ("A", "good, %", None, "good", good),
               ("B", "FID (fcd)", None, "fcd", None), ("B", "good, %", 50, "good", None)]
     assert [(line["row"], line["metric"], line["published"], line["key"], line.get("each"))
             for line in lines] == wanted
@@ -5954,8 +5950,8 @@ def number(value, std=None, n=None):
     """A number as the tables print it: with the deviation over n seeds; None: a dash."""
     if value is None:
         return "–"
-    text = f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-    return text if std is None else f"{text} ± {std:.2g} ({n})"
+    text = f"{value:,}" if isinstance(value, int) else data.rounded(value, 4)
+    return text if std is None else f"{text} ± {data.rounded(std, 2)} ({n})"
 
 
 def cell(line):
