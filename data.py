@@ -147,7 +147,7 @@ def run_command(main, argv=None):
     sys.stdout, sys.stderr = map(Steady, streams)
     handlers = on_signals(stop)
     name = Path(sys.argv[0]).name
-    together = False  # whether all ranks come to the end: NCCL would wait for those that do not
+    together = False  # whether all ranks come to the end
     try:
         code = main(argv) or 0
         together = True
@@ -161,7 +161,12 @@ def run_command(main, argv=None):
         if sentence is None:
             raise
         print(f"{name}: {sentence}", file=sys.stderr)
-        return getattr(error, "code", 2)
+        code = getattr(error, "code", 2)
+        if dist.is_initialized() and not together:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)  # NCCL's group would wait for lost ranks; gloo's may abort, code -6
+        return code
     finally:
         on_signals(signal.SIG_IGN)
         for number, handler in handlers.items():

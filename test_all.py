@@ -22,6 +22,7 @@ import re
 import runpy
 import shutil
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -4986,15 +4987,19 @@ def test_devices_and_ranks_that_are_not_there(module, fails, monkeypatch):
 
 
 def test_ranks_part_together_or_not_at_all(monkeypatch):
-    """After a mistake that one rank met NCCL would wait for the others, who wait for it."""
+    """After a mistake that one rank met the group would wait for the others, or abort."""
     left = mock.MagicMock()
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "destroy_process_group", left)
-    for end, code in (([0], 0), (data.UserError("only here"), 2),
-                      (data.Interrupted("agreed upon", signal.SIGINT), 130)):
+    monkeypatch.setattr(os, "_exit", lambda code: sys.exit(f"at once with {code}"))
+    for end, code in (([0], 0), (data.Interrupted("agreed upon", signal.SIGINT), 130)):
         left.reset_mock()
         assert data.run_command(mock.Mock(side_effect=end)) == code
-        assert left.called == (code != 2)
+        assert left.called
+    left.reset_mock()
+    with pytest.raises(SystemExit, match="at once with 2"):
+        data.run_command(mock.Mock(side_effect=data.UserError("only here")))
+    assert not left.called
 
 
 def test_ranks_that_do_not_meet_or_are_lost(tmp_path):
@@ -5017,19 +5022,23 @@ def test_ranks_that_do_not_meet_or_are_lost(tmp_path):
         sys.exit(data.run_command(main))
         """)
     started = {}
-    for port, ranks in ((1, "1"), (2, "0"), (3, "01")):
+    free = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]  # all open: three ports
+    ports = [server.getsockname()[1] for server in free]
+    for server in free:
+        server.close()
+    for port, ranks in zip(ports, ("1", "0", "01")):
         for rank in ranks:
-            about = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(29_510 + port), WORLD_SIZE="2",
+            about = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2",
                          RANK=rank, OMP_NUM_THREADS="1")
             started[port, rank] = subprocess.Popen(
                 [sys.executable, script, HERE], env=os.environ | about, text=True,
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    ends = {key: process.communicate(timeout=60)[1].splitlines()[-1:]
-            for key, process in started.items()}
-    assert "the other ranks cannot be joined" in ends[1, "1"][0]
-    assert "the other ranks cannot be joined" in ends[2, "0"][0]
-    assert "another rank has ended or does not answer" in ends[3, "0"][0]
-    assert [process.returncode for process in started.values()] == [2, 2, 2, 9]
+    ends = [process.communicate(timeout=60)[1] for process in started.values()]
+    alone, waiting, left, _ = [text.splitlines()[-1:] for text in ends]
+    assert "the other ranks cannot be joined" in alone[0], ends
+    assert "the other ranks cannot be joined" in waiting[0], ends
+    assert "another rank has ended or does not answer" in left[0], ends
+    assert [process.returncode for process in started.values()] == [2, 2, 2, 9], ends
 
 
 class Evil:
