@@ -58,8 +58,8 @@ try:
     from data import (  # noqa: I001
         Dataset, NotFinite, Parser, UserError, cache_dir, compile_networks, fingerprint,
         first_line, fits, hardware, json_lines, load, multiplies_bf16, oblique, ordered,
-        pictures_of, random_state_kept, read_pictures, read_saved, run_command, save_atomic,
-        to_float, to_uint8, whole_name, write_text)
+        pictures_of, random_state_kept, read_pictures, read_saved, rounded, run_command,
+        save_atomic, to_float, to_uint8, whole_name, write_text)
 except ImportError as error:
     if __name__ != "__main__":
         raise
@@ -1189,8 +1189,8 @@ def draw_curves(path, curves, title):
     for part in (0, 0.25, 0.5, 0.75, 1):
         x, y = place(part * x_max, part * y_max)
         draw.line((60, y, 620, y), fill="#dddddd")
-        draw.text((6, y - 6), f"{part * y_max:.4g}", fill="black")
-        text = f"{part * x_max:,.5g}"
+        draw.text((6, y - 6), rounded(part * y_max, 4), fill="black")
+        text = rounded(part * x_max, 5)
         draw.text((x - 3 * len(text), 378), text, fill="black")
     for n, (name, curve) in enumerate(curves.items()):
         colour = colours[n % len(colours)]
