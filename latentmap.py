@@ -160,11 +160,13 @@ class Machine:
 #     | epochs as ours, else silent | _authors, `authors`   | not marked "ours"        |
 #       They share E, G, optimiser and batch. With the switch, vae, aae, introvae are as in scripts
 #       of LatentMap's authors, age, alae as in their own authors'. Networks stay, but for two Ds.
+#       In the scripts vae and introvae reconstruct and interpolate draws of q(z|x): there, so here.
 # D9  | silent on running           | of all batches        | E's follow data only,    |
 #     | statistics                  |                       | G's the codes of data    |
 #       Blends and samples have other moments, which neither `encode` nor `decode` meets. G of ALAE
 #       follows F(z), that of AGE the prior's draws, that of IntroVAE codes and draws in turn.
 # D10 | FID against training images | MSE of [-1, 1] pixels | so: fid and `mse_pm1`    |
+#       The script takes the MSE of one batch of 64 images, here it is of all test images.
 # D11 | CelebA: resized to 64       |                       | the central 140 x 140    |
 #       of the 178 x 218 aligned faces, as IVAAE and WAE crop them.
 
@@ -626,7 +628,8 @@ class Autoencoder(nn.Module):
             return function(x.to(self.machine.device)).float()
 
     def encode(self, x):
-        """Data (n, ...) -> codes (n, dim), as `decode` takes them; a VAE's are posterior means."""
+        """Data (n, ...) -> codes (n, dim), as `decode` takes them; a VAE's are posterior means, on
+        the sphere draws."""
         return self.infer(self.code, x)
 
     def latents(self, x):
@@ -768,7 +771,10 @@ class VAE(Autoencoder):
         return self.embed(mu + (log_var / 2).exp() * torch.randn_like(mu))
 
     def code(self, x):
-        return self.embed(self.posterior(x)[0])
+        """The mean; on the sphere, with --authors, a draw, as in the script: put there, the mean
+        would lose what a draw's variance takes of its length, and be a code unknown to G."""
+        mu, log_var = self.posterior(x)
+        return self.draw(mu, log_var) if self.config.prior == "sphere" else mu
 
     def latents(self, x):
         return self.infer(lambda x: self.draw(*self.posterior(x)), x)
