@@ -160,7 +160,7 @@ class Machine:
 #     | epochs as ours, else silent | _authors, `authors`   | not marked "ours"        |
 #       They share E, G, optimiser and batch. With the switch, vae, aae, introvae are as in scripts
 #       of LatentMap's authors, age, alae as in their own authors'. Networks stay, but for two Ds.
-#       In the scripts vae and introvae reconstruct and interpolate draws of q(z|x): there, so here.
+#       In the scripts vae and introvae reconstruct a draw of q(z|x): with the switch, so here.
 # D9  | silent on running           | of all batches        | E's follow data only,    |
 #     | statistics                  |                       | G's the codes of data    |
 #       Blends and samples have other moments, which neither `encode` nor `decode` meets. G of ALAE
@@ -628,8 +628,7 @@ class Autoencoder(nn.Module):
             return function(x.to(self.machine.device)).float()
 
     def encode(self, x):
-        """Data (n, ...) -> codes (n, dim), as `decode` takes them; a VAE's are posterior means, on
-        the sphere draws."""
+        """Data (n, ...) -> codes (n, dim), as `decode` takes them; a VAE's are posterior means."""
         return self.infer(self.code, x)
 
     def latents(self, x):
@@ -771,10 +770,12 @@ class VAE(Autoencoder):
         return self.embed(mu + (log_var / 2).exp() * torch.randn_like(mu))
 
     def code(self, x):
-        """The mean; on the sphere, with --authors, a draw, as in the script: put there, the mean
-        would lose what a draw's variance takes of its length, and be a code unknown to G."""
-        mu, log_var = self.posterior(x)
-        return self.draw(mu, log_var) if self.config.prior == "sphere" else mu
+        return self.embed(self.posterior(x)[0])
+
+    def reconstruct(self, x):
+        """Through the mean of q(z|x); on the sphere, with --authors, through a draw, as in the
+        script: put there, the mean gains what is a draw's noise, a code that G never met."""
+        return self.decode(self.latents(x) if self.config.prior == "sphere" else self.encode(x))
 
     def latents(self, x):
         return self.infer(lambda x: self.draw(*self.posterior(x)), x)
@@ -1178,7 +1179,7 @@ def figures_of_images(model, folder, step, x, labels, classes):
     metrics.save_grid(folder / f"samples/{step:06d}.png", samples)  # Fig. 7
     if not (folder / "figures/real.png").exists():
         metrics.save_grid(folder / "figures/real.png", x[:100])
-    pairs = torch.stack([x[:50].cpu(), model.decode(code[:50]).cpu()], dim=1).flatten(0, 1)
+    pairs = torch.stack([x[:50].cpu(), model.reconstruct(x[:50]).cpu()], dim=1).flatten(0, 1)
     metrics.save_grid(folder / f"recon/{step:06d}.png", pairs)  # Fig. 8: an image, its own, ...
     if len(code) >= 20:  # Fig. 6: straight lines between the codes of two images
         ramp = torch.linspace(0, 1, 10, device=code.device)[:, None]
