@@ -151,10 +151,12 @@ class Machine:
 # | D6  | Eq. (6): O_i(z), z ~ p_z     |                       | z = E(x)               |          |
 #         For z ~ p_z Theorem 4 says nothing: all O_i(z) are N(0, I). x_i serves Eqs. (3) and (6).
 # | D7  | noise, decayed, very early   | deviation by epoch    | by share of the run    |          |
-#         On what D judges (not f's images), in the IV models only; on `digits`, in all (ours).
+#         On what D judges (not f's images), in the IV models only. On `digits` (ours) all systems
+#         have noise of deviation .2, to the end.
 # | D8  | Adam 1e-4, for E 5e-3        | CIFAR-10: 2e-4, 1e-2  | as the paper           | --lr ... |
-#         There the code's E has width 16 and a weight decay of 5e-4. On `digits` (ours) 1.5e-3, and
-#         all rates fall to 0 in the second half of the run (--decay).
+#         There the code's E has width 16 and a weight decay of 5e-4. On `digits` (ours) 1.5e-3 (not
+#         where a system has a rate of its own) and beta2 .99 (WGAN-GP: .9), and all rates fall to 0
+#         in the second half of the run (--decay).
 # | D9  | MRGAN: only named            | last sign reversed    | - mu log D(G(E(x)))    |          |
 #         All four weights are .25, as in the code. For the baselines the paper takes the best of
 #         several settings, not printed: DCGAN, LSGAN and MRGAN have IVGAN's here.
@@ -175,7 +177,9 @@ class Machine:
 #         DCGAN on these networks, PacDCGAN on any: z ~ U[-1, 1]^d, Adam 2e-4, two steps of G on one
 #         z. The IV systems need z ~ N(0, I). BN's scales start at N(1, .02), as DCGAN's; there, 1.
 # | D22 | 128,000 fixed triples        | new ones every epoch                           |--triples |
-#         Packs are fixed there, too; here each image is packed with others of its batch.
+#         Packs are fixed there, too; here each image is packed with others of its batch. IVGAN's
+#         authors have 60,000 triples at 64 pixels, 20,000 samples and an MLP that counts modes;
+#         here all rows have PacGAN's 26,000 samples, and the classifier of metrics.py.
 # | D23 | batch 10, z ~ N(0, I)^256    | 64 and N(0, I)^100, as the IV systems          |--batch ..|
 #         There G foresees D from where D has just moved to; here, as in the paper, from before.
 # | D24 | stacked-MNIST code not found | D and F of the same author's ALI               |          |
@@ -206,7 +210,8 @@ class IVGANConfig(Settings):
                         least=0, models=WITH_E)
     lam: float = setting(0.25, "weight of L_recon for G (Sec. 5)", least=0, models=WITH_E)
     mu_e: float = setting(1.0, "weight of L_IV for E (Sec. 5)", least=0, models=WITH_E)
-    lam_e: float = setting(1.0, "weight of L_recon for E (Sec. 5)", least=0, models=WITH_E)
+    lam_e: float = setting(1.0, "weight of L_recon for E (Sec. 5; without --e-sign code)", least=0,
+                           models=WITH_E)
     pack: int = setting(1, "m, images that D sees at once (D22)", least=1, models=("pacdcgan",))
     unroll: int = setting(5, "K, steps G looks ahead at D (D23)", least=0, models=("unrolled",))
     triples: int | None = setting(None, "fixed triples of all 70,000 digits (D22)", int, 1)
@@ -239,6 +244,10 @@ class IVGANConfig(Settings):
             raise UserError(f"--size {self.size} is no power of two (the networks halve it to 4)")
         if self.model in IV and self.mu_e and not self.mu:
             raise UserError("--mu 0 leaves f untrained, so E has nothing to deceive: --mu-e 0 too")
+        untrained = not self.mu_e and (not self.lam_e or self.e_sign == "code")
+        if self.model in WITH_E and untrained and (self.mu or self.lam):
+            raise UserError("no term of E has a weight, so E would keep its initial weights: raise "
+                            "--mu-e or --lam-e (--e-sign code has --mu-e alone)")
         if self.model in IV and self.latent % self.k:
             raise UserError(f"--k {self.k} does not divide the latent dimension {self.latent}")
         if self.model in ("unrolled", "wgan-gp") and self.compile:
@@ -889,8 +898,9 @@ def figures_ivgan(model, folder, step, x):
 # | D16 | "{z^l} for every two iterations"  | two SVGD steps from one bridge to the next |         |
 #         The bandwidth is a constant to the gradient.
 # | D17 | Table 4's "DCONV(C1, K4, S0)"     | 8, 12, 16, 32, 64 by K5, K5, K6, K4       |          |
-#         A misprint: this keeps every other stride and Sec. 4's "5 x 5 or 6 x 6" (the row above
-#         prints K5, S2, which would not end in 32). "FC(C1)" ends in the latent dimension.
+#         A misprint: this keeps every other stride. The row above, printed K5, S2, has K6, for
+#         Sec. 4's "5 x 5 or 6 x 6"; K5 would reach 32 pixels too, with an output padding of 1.
+#         "FC(C1)" ends in the latent dimension.
 # | D18 | WAE-GAN's D has one output        | two, whose difference is its logit        | --e-loss |
 #         So `aae` is IVAAE at t = 1. L_IV is a mean of two terms, of which one reaches E, and E
 #         descends mu2 / 2 log D_0(E(x)). By `prior`, WAE-GAN's form, it is -mu2 log D_1(E(x)).
@@ -911,7 +921,8 @@ class IVAAEConfig(Settings):
     dataset: str = setting("celeba", "a name (see data.py) or a folder of pictures")
     size: int = setting(64, "pixels", least=8, most=1024)
     network: str = setting("conv")                     # "fc": Table 3; "conv": Table 4
-    width: int = setting(128, "hidden units, or channels of E's first layer (Table 4)", least=1)
+    width: int = setting(128, "hidden units, or channels of E's first layer and a quarter of D's "
+                         "units (Table 4)", least=1)
     latent: int = setting(64, "d, the code's dimensions", least=2)
     batch: int = setting(100, "m, images per step and rank", least=2)
     epochs: float = setting(300.0, "training length", least=1e-9)
@@ -1367,9 +1378,11 @@ TABLES = {
 
 
 def preset(model=None, dataset=None, network=None):
-    """The settings of one system on one data set. Raises UserError for a system there is not."""
+    """The settings of one system on images. Raises UserError for points, and unknown systems."""
     model = model or "ivlsgan"
     dataset = dataset or "digits"
+    if dataset in data.POINT_SETS:
+        raise UserError(f"--dataset {dataset} holds points; ivgen.py needs images")
     if model in IVGAN_MODELS:
         return preset_ivgan(model, dataset, network)
     if model in IVAAE_MODELS:
@@ -1391,8 +1404,8 @@ def evaluate(model, evaluator, folder, step, x_test, train_set):
     """Pictures and metrics of one moment, which do not disturb the training's random numbers.
 
     `eval_s` is the seconds all this took. For IVAAE's systems `fld` is the Frechet distance of
-    codes to the prior, by Sec. 4's formula. It takes the first 60,000 training images at most
-    (`fld_n`), which is all of MNIST.
+    codes to the prior, by Sec. 4's formula. It takes 60,000 training images at most (`fld_n`)
+    in the order of `data.ordered`: all of MNIST, a random choice of CelebA.
     """
     began = time.time()
     c = model.config
@@ -1431,8 +1444,6 @@ def train(config, machine, folder, checkpoint=None):
     # Load, build, restore. The folder comes first: whether it can be written is seen before work.
     run = data.Run(folder, FILE, config, machine, checkpoint)
     train_set, test_set = data.load_pair(config.dataset, config.root, config.size)
-    if train_set.kind != "images":
-        raise UserError(f"--dataset {config.dataset} holds points; ivgen.py needs images")
     labelled = train_set                                        # for the classifier: no triples
     if getattr(config, "triples", None):
         train_set = data.fixed_triples(train_set, test_set, config.triples)             # D22
