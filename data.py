@@ -478,12 +478,13 @@ class Batches:
         return _take(self.dataset, index, self.size, self.device)
 
 
-def ordered(dataset, n=None, batch=250, device="cpu", size=None, seed=0):
+def ordered(dataset, n=None, batch=250, device="cpu", size=None, seed=0, permuted=False):
     """The first n items (default and at most: all) in a fixed order; yields (x, y) as Batches does.
 
-    A set stored class by class, or without labels to tell, is first permuted by `seed`: its first n
-    items might be of a few classes. Of a stacked set: n triples (default: as many as digits), drawn
-    by `seed` with replacement. The last batch may be short.
+    A set stored class by class, or without labels to tell, is first permuted by `seed`, as any set
+    is with `permuted`: its first n items might be of a few classes, or, as in MNIST's test set, of
+    other writers than the rest. Of a stacked set: n triples (default: as many as digits), drawn by
+    `seed` with replacement. The last batch may be short.
     """
     generator = torch.Generator().manual_seed(seed)
     total = len(dataset)
@@ -492,7 +493,7 @@ def ordered(dataset, n=None, batch=250, device="cpu", size=None, seed=0):
         by_class = bool((dataset.y[1:] >= dataset.y[:-1]).all())
     if dataset.stacked:
         index = torch.randint(total, (total if n is None else n, 3), generator=generator)
-    elif by_class:
+    elif by_class or permuted:
         index = torch.randperm(total, generator=generator)[:n]
     else:
         index = torch.arange(total)[:n]
@@ -791,6 +792,10 @@ def _folder(folder, root, size, split):
             say(f"{folder}: {len(loose)} pictures beside train/ are left out")
     files = pictures_of(base)
     found = _classes(base, files)
+    for name in set(found) if train == folder else ():
+        if name.lower() in ("training", "testing", "test", "val", "valid", "validation"):
+            raise UserError(f"{folder} has {name}/ but no train/: call splits train and test, "
+                            "and a class otherwise")
     # The training split numbers the classes, whatever the test split has of them.
     names = sorted(set(found if base == train else _classes(train, find_pictures(train))))
     unknown = sorted(set(found) - set(names))
@@ -798,7 +803,8 @@ def _folder(folder, root, size, split):
         raise UserError(f"{base / unknown[0]} has pictures of its own, but {train / unknown[0]} "
                         "has none: the two must have the same folders")
     split = "train" if base == train else "test"
-    dataset = _pictures(folder.name, split, base, files, root, size)
+    name = f"folder-{folder.name}" if folder.name in IMAGE_SETS else folder.name
+    dataset = _pictures(name, split, base, files, root, size)  # never called as a published set
     if len(names) > 1:  # A single class says nothing, so it is no label.
         number = {name: i for i, name in enumerate(names)}
         dataset.y = torch.tensor([number[name] for name in found])
@@ -1616,6 +1622,8 @@ class Run:
             self.signal = number
 
         if self.main:
+            for torn in self.folder.glob("*.tmp"):  # of a run that was killed: the lock is ours
+                torn.unlink(missing_ok=True)
             self.write_config()
             self.forget_after(self.model.iteration)
         self.handlers = on_signals(note)
@@ -1948,7 +1956,7 @@ def measured(runs, metric, table, scale=1):
     if metric == "fid" and not any("fid" in e for log in logs for e in log):
         metric = "fcd"
     for run, log in zip(runs, logs):
-        done = [e for e in log if metric in e]
+        done = [e for e in log if isinstance(e.get(metric), (int, float))]
         if not done:
             continue
         chosen = done[-1]
@@ -1959,17 +1967,22 @@ def measured(runs, metric, table, scale=1):
             score = next((k for k in SCORES if k in chosen), metric)
             chosen = min((e for e in done if score in e), key=lambda e: e[score])
             by = f"; at the best {score}"
-        values.append(scale * chosen[metric])
         seeds.append(run["seed"])
-        about = json.loads((run["folder"] / "config.json").read_text())
         command = run["command"]
         if table.get("probe"):
             command += f"; --resume RUN --probe {table['probe']}"
-        line = dict(key=metric, command=command, step=chosen.get("step"),
-                    protocol=chosen.get("protocol", f"iteration {chosen.get('iteration')}") + by,
-                    machine=about["machine"], revision=about["revision"],
-                    versions={k: about[k] for k in ("python", "torch", "torchvision")},
-                    precision=about["precision"])
+        protocol = chosen.get("protocol") or f"iteration {chosen.get('iteration')}"
+        values.append(scale * chosen[metric])
+        try:
+            about = json.loads((run["folder"] / "config.json").read_text())
+            line = dict(key=metric, command=command, step=chosen.get("step"),
+                        protocol=protocol + by,
+                        machine=about["machine"], revision=about["revision"],
+                        versions={k: about[k] for k in ("python", "torch", "torchvision")},
+                        precision=about["precision"])
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise UserError(f"{run['folder']} has a damaged config.json ({first_line(error)}): "
+                            "remove the run to train it anew") from None
     if not values:
         return None
     mean = sum(values) / len(values)

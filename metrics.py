@@ -17,10 +17,10 @@ torch-fidelity), and the inception score torch-fidelity: logits without bias, in
 FID is biased upwards, the more so the fewer the samples, even between two sets of one distribution.
 So numbers of different N do not compare.
 
-    python metrics.py cifar10:test samples/                 FID of a folder against a data set
+    python metrics.py cifar10:test RUN/drawn/               FID of a folder against a data set
     python metrics.py real/ fake/ --fid --kid --is --pr     everything; --json for a line of JSON
     python metrics.py stats real/ real.pt                   its statistics, to be given as A or B
-    python metrics.py mnist:test samples/ --fcd             needs no downloaded weights
+    python metrics.py mnist:test RUN/drawn/ --fcd           needs no downloaded weights
 
 A and B: a folder or data set, also as FOLDER:test; statistics, .pt of `stats`, or .npz with mu and
 sigma as pytorch-fid writes them; uint8 pictures as one array, .npy, or arr_0 in a .npz.
@@ -522,12 +522,16 @@ def cached(folder, kind, key, build, use):
 
 
 def real_images(dataset, n, batch, device, size=None):
-    """The first n images in batches of uint8 at `size` pixels, rounded as a model's samples are."""
-    return (to_uint8(x) for x, _ in ordered(dataset, n, batch, device, size))
+    """n images in batches of uint8 at `size` pixels, rounded as a model's samples are.
+
+    The first n in a fixed order, in which a part is a random one.
+    """
+    part = n < len(dataset)
+    return (to_uint8(x) for x, _ in ordered(dataset, n, batch, device, size, permuted=part))
 
 
 def real_statistics(dataset, n, size, extract, root="data", batch=250, label=None):
-    """{"moments", "is"} of the first n images at `size` pixels (None: their own), cached.
+    """{"moments", "is"} of `real_images`, at `size` pixels (None: their own), cached.
 
     `is`: None without a classifier. The cache's key holds data, network, weights and precision.
     """
@@ -540,7 +544,7 @@ def real_statistics(dataset, n, size, extract, root="data", batch=250, label=Non
         return {**got["moments"].state(), "is": score}
 
     key = {"dataset": dataset.name, "split": dataset.split, "content": fingerprint(dataset),
-           "n": n, "size": size}
+           "n": n, "size": size} | ({"permuted": True} if n < len(dataset) else {})
     return cached(cache_dir(root), "stats", {**key, **extract.key}, build, lambda saved: {
         "moments": Moments.of(saved, extract.dim), "is": saved["is"] and float(saved["is"])})
 
@@ -1396,10 +1400,12 @@ def of_array(x):
     if x.dtype != np.uint8:
         if not np.isfinite(x).all():
             raise ValueError("some numbers are NaN or infinite")
-        how = {-1: "((x + 1) * 127.5)", 0: "(x * 255)"}.get(math.floor(x.min()), "x")
-        how = how if x.max() <= 1 else "x"
-        raise ValueError(f"{x.dtype} from {x.min():.3g} to {x.max():.3g}, not bytes: save "
-                         f"{how}.round().clip(0, 255).astype('uint8')")
+        how = "scale it to 0..255 and save it as uint8"
+        bytes_of = {(0, 255): "x", (-1, 1): "((x + 1) * 127.5)", (0, 1): "(x * 255)"}
+        for (low, high), pixels in bytes_of.items():
+            if low <= x.min() and x.max() <= high:
+                how = f"save {pixels}.round().clip(0, 255).astype('uint8')"
+        raise ValueError(f"{x.dtype} from {x.min():.3g} to {x.max():.3g}, not bytes: {how}")
     shape = x.shape
     x = x[:, None] if x.ndim == 3 else x
     if x.ndim == 4 and x.shape[3] in (1, 3):
@@ -1411,9 +1417,11 @@ def of_array(x):
 
 def open_folder(folder, args):
     """The pictures of a folder, or args.n of them. Each is read once now, so that faults show."""
-    if (folder / "log.jsonl").exists() and (folder / "config.json").exists():
-        raise UserError(f"{folder} is a run, with sheets of pictures: draw samples with --sample N "
-                        f"--resume {folder}, and give {folder / 'drawn'}")
+    for run in (folder, folder.absolute().parent):
+        of_run = (run / "log.jsonl").exists() and (run / "config.json").exists()
+        if of_run and folder.absolute() != run / "drawn":
+            raise UserError(f"{folder} has sheets of a run's pictures: draw samples with "
+                            f"--sample N --resume {run}, and give {run / 'drawn'}")
     if any(entry.is_dir() and entry.name.lower() == "train" for entry in folder.iterdir()):
         raise UserError(f"{folder} has a training set: say {folder}:train or {folder}:test")
     files = pictures_of(folder)
@@ -1511,6 +1519,8 @@ def features_for(wanted, sources, name, device, args):
         counted = all(source.kind == "statistics" for source in sources)
         weights = None if counted else args.weights
         extractors.append(InceptionFeatures(weights, device, args.flavour, args.amp))
+    elif args.flavour != "pytorch-fid" or args.amp or args.weights != "auto":
+        raise UserError("--flavour, --amp and --weights are of Inception's features, not --fcd's")
     return extractors
 
 
@@ -1541,6 +1551,13 @@ def run(args):
     extractors = features_for(wanted, sources, names[0], device, args)
     for source in sources:
         check_source(source, [], extractors)
+    for source in sources:
+        asked = {(args.size, args.size)} if args.size else source.sizes
+        if source.kind == "statistics" and (source.sizes or asked) != asked:
+            raise UserError(f"{source.name} holds statistics of other pictures than --size "
+                            f"{args.size} makes: leave --size out, or save them with it")
+        if source.kind == "statistics" and saving and args.n not in (None, source.n):
+            raise UserError(f"{source.name} holds statistics: --n cannot take a part of them")
     if saving:
         return save_statistics(sources[0], extractors[0], out, args)
     results = [compare(*sources, extract, wanted, args) for extract in extractors]
@@ -1585,7 +1602,7 @@ def main(argv=None):
     add("--is", action="store_true", help="inception score of B, 10 splits")
     add("--pr", action="store_true", help="precision and recall of B, k=3")
     add("--fcd", action="store_true", help="Frechet distance in a classifier trained on the set A")
-    add("--n", type=int, help="take this many pictures of each; of a folder a seeded choice")
+    add("--n", type=int, help="take this many pictures of each folder or set, a seeded choice")
     add("--json", action="store_true", help="print one line of JSON")
     add("--weights", default="auto", help=f"path of {INCEPTION_FILE} (default: a download)")
     add("--flavour", choices=("pytorch-fid", "tf"), default="pytorch-fid", help="of its input")

@@ -252,6 +252,8 @@ def test_ordered():
     assert next(data.ordered(dataset, n=2, size=12))[0].shape == (2, 1, 12, 12)
     bare = indices(next(data.ordered(counted(200, labels=False), n=20))[0])
     assert bare.max() > 100 and len(bare.unique()) == 20  # Nothing tells in what order they lie.
+    asked = indices(next(data.ordered(counted(200), n=20, permuted=True))[0])
+    assert torch.equal(asked, bare)
     # Stored class by class, the first ten would be of five classes at most.
     dataset.y = dataset.y.sort().values
     x, y = next(data.ordered(dataset, n=10))
@@ -907,6 +909,19 @@ def test_folders_that_cannot_be_used(tmp_path):
         refused(f"a size of {size} pixels is out of range: 8 to 8192", size)
     save_pictures(folder / "kittens", 1)
     refused(r"both beside and inside its folders \(kittens\)")
+    for name in ("Training", "validation", "test"):  # without train/, each would be a class
+        folder = tmp_path / f"of-{name}"
+        save_pictures(folder / name / "cats", 1)
+        save_pictures(folder / "dogs", 1)
+        refused(f"has {name}/ but no train/: call splits train and test")
+
+
+def test_a_folder_is_never_called_as_a_published_set(tmp_path):
+    """Or a protocol would name that set, and fid take its training images for the reference."""
+    save_pictures(tmp_path / "cifar10", 2)
+    save_pictures(tmp_path / "cifar11", 2)
+    names = [data.load(tmp_path / name, tmp_path / "root").name for name in ("cifar10", "cifar11")]
+    assert names == ["folder-cifar10", "cifar11"]
 
 
 def test_pictures_whose_names_are_no_utf8(tmp_path):
@@ -1222,11 +1237,13 @@ def test_statistics_of_another_count_or_network_are_others(tmp_path):
         return metrics.real_statistics(counted(50), n, None, extract(shift), tmp_path)["moments"]
 
     assert [moments(n, 0).n for n in (20, 40, 20)] == [20, 40, 20]
+    assert moments(50, 0).mean[0] == 24.5 and moments(20, 0).mean[0] != 9.5  # a part is random
+    part = moments(40, 0).mean[0].item()
     for file in (tmp_path / "cache").iterdir():  # an honest checksum, and what cannot be
         torch.save(torch.load(file) | {"mean": torch.zeros(3)}, file)
     assert moments(20, 0).mean.shape == (64,)
     for shift in (0, 1):  # those very images, unchanged
-        assert (moments(40, shift).mean - 19.5 - shift).abs().max() < 1e-12
+        assert (moments(40, shift).mean - part - shift).abs().max() < 1e-12
 
 
 @pytest.fixture(scope="module")
@@ -1821,6 +1838,11 @@ def test_command_line_compares_folders_and_saved_statistics(
     assert compared(capsys, a, linked)[1]["fid"] == result["fid"]
     assert refusal(capsys, saved, b, "--flavour", "tf").count("flavour") == 2
     assert "holds statistics" in refusal(capsys, saved, b, "--kid")
+    assert "leave --size out" in refusal(capsys, saved, b, "--size", 64)
+    assert "cannot take a part" in refusal(capsys, "stats", saved, tmp_path / "c.pt", "--n", 5)
+    small = tmp_path / "small.pt"
+    assert compared(capsys, "stats", a, small, "--size", 16)[0] == 0
+    assert compared(capsys, small, b, "--size", 16)[1]["fid"] > 0
     content = bytearray(saved.read_bytes())
     content[len(content) // 2] ^= 1
     saved.write_bytes(content)
@@ -1899,6 +1921,8 @@ def with_saved(**changed):
     ("a.npy", np.full((9, 3, 16, 16), -0.5), "save ((x + 1) * 127.5).round().clip(0, 255)"),
     ("a.npy", np.zeros((9, 16, 16, 4), np.uint8), "shape (9, 16, 16, 4)"),
     ("a.npy", np.full((9, 16, 16), 254.7), "from 255 to 255, not bytes: save x.round()"),
+    ("a.npy", np.full((9, 16, 16), 65535, np.uint16), "not bytes: scale it to 0..255 and save"),
+    ("a.npy", np.linspace(-3, 3, 2304).reshape(9, 16, 16), "not bytes: scale it to 0..255"),
     ("a.npy", np.full((9, 16, 16), math.nan), "some numbers are NaN or infinite"),
     ("a.npy", np.zeros((0, 3, 16, 16), np.uint8), "at least 2 pictures"),
     ("a.npy", np.zeros((4, 4, 4), np.uint8), "8 pixels"), ("a.npy", b"no array", "neither"),
@@ -1945,6 +1969,9 @@ def test_command_line_fcd_needs_no_weights(folders, sets, capsys, monkeypatch, c
     assert "own:test (n=80, 16x16) vs own:train (n=80, 16x16)" in result["protocol"]
     assert fcd(own, f"{own}:test")["fcd"] == pytest.approx(result["fcd"])
     assert "apart" in refusal(capsys, f"{own}:test", f"{own / 'train'}:test", "--fcd")
+    for flag in (("--flavour", "tf"), ("--amp", "bf16"), ("--weights", "x.pth")):
+        assert "of Inception's features" in refusal(
+            capsys, f"{own}:test", f"{own}:train", "--fcd", "--root", cache, *flag)
 
 
 def test_compare_keeps_real_and_generated_apart(monkeypatch):
@@ -1966,6 +1993,7 @@ def test_compare_keeps_real_and_generated_apart(monkeypatch):
     ("A", "two sources"), ("stats A", "two sources"), ("A A --n 1", "--n"), ("A grid25", "points"),
     ("A empty", "no pictures"), ("A bad", "2 of 3 pictures of bad"), ("A one", "at least 2"),
     ("A nosuchset", "nosuchset"), ("A none.npz", "none.npz"), ("A run", "run/drawn"),
+    ("A run/samples", "run/drawn"),
     ("A nosuchset", ":train or :test"), ("A digits --batch 0", "--batch must be at least 1"),
     ("A junk.pt", "junk.pt holds neither"), ("A split", "split:train"), ("A loop", "loop"),
     ("A " + "x" * 300, "xxx"), ("two A --fcd", "labelled"), ("stats A out.pt --kid", "stats"),
@@ -1979,9 +2007,9 @@ def test_command_line_mistakes_are_one_sentence(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     good = (folders / "a/2.png").read_bytes()
-    for name in ("one", "two", "bad", "split/Train", "empty", "loop", "run"):
+    for name in ("one", "two", "bad", "split/Train", "empty", "loop", "run/samples"):
         Path(name).mkdir(parents=True)
-    for name in ("one/", "two/", "two/as_", "bad/", "split/Train/", "run/"):
+    for name in ("one/", "two/", "two/as_", "bad/", "split/Train/", "run/", "run/samples/"):
         Path(name + "good.png").write_bytes(good)
     Path("bad/cut.png").write_bytes(good[: len(good) // 2])
     Path("bad/text.jpg").write_text("no picture")
@@ -4391,11 +4419,12 @@ def test_a_killed_run_resumes_bit_for_bit(name, copied, finished, monkeypatch):
         assert saved(killed)["step"] == step // 3 * 3
         with open(killed / "log.jsonl", "ab") as log:
             log.write(b'[1]\n{"a": 1}\n{"step": "x"}\n\xff\xfe\n{"step": 1')
+        (killed / "last.pt.1.tmp").write_text("half a checkpoint")
         monkeypatch.chdir(killed)
         assert resume(name, ".") == 0
         for file in finished(name).glob("*.pt"):
             assert_same(saved(finished(name), file.name), saved(killed, file.name))
-        assert timeless(killed) == timeless(finished(name))
+        assert timeless(killed) == timeless(finished(name)) and not list(killed.glob("*.tmp"))
 
 
 @for_each_file
@@ -5658,6 +5687,13 @@ def test_the_numbers_of_a_table(choose, fids, good, by, cells, tmp_path):
             for line in lines] == wanted
     assert lines[0]["protocol"] == "p" + by and lines[0]["seed"] == [0, 1]
     assert lines[0]["std"] == statistics.stdev(fids)
+    with open(runs[0]["folder"] / "log.jsonl", "a") as log:
+        log.write('\n{"step": 3, "fid": null}')
+    assert data.measured(runs, "fid", {"choose": choose})["each"] == fids
+    for text in ('{"machine": 0}', "[]", "{"):
+        (runs[0]["folder"] / "config.json").write_text(text)
+        with refuses(f"{runs[0]['folder'].name} has a damaged config.json"):
+            data.measured(runs, "fid", {})
 
 
 @pytest.mark.parametrize("module, name, flags, metric", [
