@@ -7,7 +7,6 @@ those tables.
 """
 
 import ast
-import contextlib
 import copy
 import dataclasses
 import functools
@@ -5529,25 +5528,12 @@ def test_a_step_on_cuda_waits_for_nothing(module, model, dataset, monkeypatch):
         for parameter, gradient in zip(inputs, grad(loss, inputs)):
             parameter.grad = gradient
 
-    @contextlib.contextmanager
-    def autocast():  # torch.autocast itself wants a real device.
-        before = torch.is_autocast_enabled("cuda")
-        torch.set_autocast_enabled("cuda", True)
-        torch.set_autocast_dtype("cuda", torch.bfloat16)
-        torch.autocast_increment_nesting()
-        try:
-            yield
-        finally:
-            if torch.autocast_decrement_nesting() == 0:
-                torch.clear_autocast_cache()
-            torch.set_autocast_enabled("cuda", before)
-
     config = tiny_config(module, model, dataset)
     shape = (8, 1, config.size, config.size) if config.size else (8, 2)
-    machine = module.Machine()
-    machine.device = torch.device("cuda:0")
-    machine.autocast = autocast
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     monkeypatch.setattr(nn.Module, "to", to)
+    machine = module.Machine("cuda:0", "bf16")
     monkeypatch.setattr(torch.autograd, "grad", grad)
     monkeypatch.setattr(torch.Tensor, "backward", backward)
     with FakeTensorMode():
