@@ -116,6 +116,38 @@ def who_moved(net, step):
     return {name for name, network in net.named_children() if not alike(network, before[name])}
 
 
+def asked_of(net, x):
+    """What a step that moves nothing returns, and what it asks of its optimisers, call by call:
+    [[(name, loss), ...], ...]; the pairs of a call move together.
+
+    The random numbers start anew: they are those of the step again when this returns.
+    """
+    names = {id(value): name[10:] for name, value in data.optimisers_of(net).items()}
+    torch.manual_seed(5)
+    with mock.patch.object(net.machine, "descend_together") as descend_together:
+        losses = net.step(x)
+    torch.manual_seed(5)
+    return losses, [[(names[id(optimiser)], loss) for optimiser, loss in call.args]
+                    for call in descend_together.call_args_list]
+
+
+def gradients_of(net, name, loss):
+    """Those that optimiser_NAME would have, zeros where the loss does not reach."""
+    own = [p for g in getattr(net, f"optimiser_{name}").param_groups for p in g["params"]]
+    return torch.autograd.grad(loss, own, retain_graph=True, materialize_grads=True)
+
+
+def assert_asked(net, calls, wanted):
+    """The optimisers are asked in turn to lower these losses, in value and in gradient."""
+    asked = [pair for call in calls for pair in call]
+    assert [name for name, _ in asked] == [name for name, _ in wanted]
+    for one, other in zip(asked, wanted):
+        found, expected = ([loss, *gradients_of(net, name, loss)] for name, loss in (one, other))
+        largest = max(g.abs().max().item() for g in expected[1:])
+        assert largest > 1e-6
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5 * largest)
+
+
 # ==================================================================================================
 # data.py: data sets
 # ==================================================================================================
@@ -2053,41 +2085,6 @@ def near(a, b, rtol=1e-4, atol=1e-5):
     torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
 
 
-def only_d_moves(net, rate=0.0):
-    """D's rate becomes `rate`, all others 0."""
-    for name, optimiser in data.optimisers_of(net).items():
-        for group in optimiser.param_groups:
-            group["lr"] = rate if name == "optimiser_d" else 0.0
-            group["initial_lr"] = group["lr"]           # from which IVAAE's rates decay
-
-
-def step_at_rest(net, x):
-    """A step that moves nothing: its losses, and the gradient that each parameter was given."""
-    only_d_moves(net)
-    gradients = {}
-
-    def keep(parameter):
-        gradients[parameter] = parameter.grad.clone()
-
-    for parameter in net.parameters():
-        parameter.register_post_accumulate_grad_hook(keep)
-    torch.manual_seed(5)
-    losses = net.step(x)
-    torch.manual_seed(5)                                # for the same step, written out
-    return losses, gradients
-
-
-def assert_descends(network, loss, gradients):
-    """The gradients that the network was given are those of `loss`."""
-    own = list(network.parameters())
-    wanted = torch.autograd.grad(loss, own, retain_graph=True, allow_unused=True)
-    assert max(g.abs().max() for g in wanted if g is not None) > 1e-6
-    for parameter, gradient in zip(own, wanted):
-        nothing = torch.zeros_like(parameter)
-        gradient = nothing if gradient is None else gradient
-        near(gradients.get(parameter, nothing), gradient, rtol=1e-3, atol=1e-7)
-
-
 def test_descend_moves_its_own_parameters_by_gradients_taken_before():
     a, b, c = (nn.Parameter(torch.tensor(value)) for value in (2.0, 3.0, 5.0))
     product = a * b * c                                 # a part of the graph that both losses need
@@ -2276,7 +2273,7 @@ def test_each_network_descends_its_own_loss(model, changes):
     """Algorithm 1 written out, on noisy images, with weights no two of which agree."""
     net, x = small_iv(model, mu=0.5, lam=0.25, mu_e=0.7, lam_e=1.3, steps_of_d=1,
                       noise_schedule=((0, 0.5),), **changes)
-    losses, gradients = step_at_rest(net, x)
+    losses, calls = asked_of(net, x)
     G = net.G
     D = net.D
     E = net.E
@@ -2318,10 +2315,8 @@ def test_each_network_descends_its_own_loss(model, changes):
         loss_e = 1.3 * rec + 0.7 * iv                   # lines 16 and 17
         if changes:
             loss_e = -0.7 * iv                          # D3: E helps f, and reconstructs nothing
-    assert_descends(D, loss_d, gradients)
-    assert_descends(G, loss_g, gradients)
-    if E:
-        assert_descends(E, loss_e, gradients)
+    wanted = [("d", loss_d), ("g", loss_g)]
+    assert_asked(net, calls, [*wanted, ("e", loss_e)] if E else wanted)
 
 
 IVAAE_WAYS = [(name, {}) for name in ivgen.IVAAE_MODELS] + [("ivaae-rad", dict(e_loss="prior"))]
@@ -2331,13 +2326,13 @@ IVAAE_WAYS = [(name, {}) for name in ivgen.IVAAE_MODELS] + [("ivaae-rad", dict(e
 def test_ivaaes_networks_descend_algorithm_1(model, changes):
     """D by mu1 L_IV, G by lam L_recon alone, E by lam L_recon - mu2 L_IV."""
     net, x = small_iv(model, lam=1.5, mu1=3.0, mu2=7.0, lam_mmd=5.0, **changes)
-    losses, gradients = step_at_rest(net, x)
+    losses, calls = asked_of(net, x)
     z = net.E(x)
     rec = 1.5 * ivgen.squared_error(net.G(z), x)
-    assert_descends(net.G, rec, gradients)
     if model == "wae-mmd":
         assert net.D is None
-        return assert_descends(net.E, rec + 5 * metrics.mmd_imq(z, torch.randn_like(z)), gradients)
+        loss_e = rec + 5 * metrics.mmd_imq(z, torch.randn_like(z))
+        return assert_asked(net, calls, [("eg", loss_e)])
     n = net.config.t + 1
     chain = net.bridges(z)
     log_d = [net.D(z_k).log_softmax(1) for z_k in chain]
@@ -2346,17 +2341,17 @@ def test_ivaaes_networks_descend_algorithm_1(model, changes):
     loss_e = rec - 7 / n * ce
     if changes:                                         # D15: every z_k shall look like the prior's
         loss_e = rec - 7 / n * sum(log_d[k][:, -1].mean() for k in range(n - 1)) / (n - 1)
-    assert_descends(net.D, 3 / n * ce, gradients)
-    assert_descends(net.E, loss_e, gradients)
+    assert_asked(net, calls, [("d", 3 / n * ce), ("eg", loss_e)])       # of G's weights: rec alone
     for k in range(n - 1):                              # each bridge but the last reaches E
         gradient, = torch.autograd.grad(log_d[k][:, k].sum(), net.E[1].weight, retain_graph=True)
         assert gradient.abs().max() > 0
 
 
 def test_g_and_e_face_the_d_that_has_just_moved():
-    for model in ("ivlsgan", "ivaae-bw"):
+    for model, others in (("ivlsgan", ("g", "e")), ("ivaae-bw", ("eg",))):
         net, x = small_iv(model)
-        only_d_moves(net, 1e-3)
+        for name in others:
+            getattr(net, f"optimiser_{name}").step = mock.Mock()
         before = copy.deepcopy(net)
         torch.manual_seed(5)
         losses = net.step(x)
@@ -2439,7 +2434,7 @@ def test_packs_are_drawn_and_judged_as_pacgan_has_them():
     codes = []
     net.D.register_forward_pre_hook(lambda module, inputs: judged.append(inputs[0].detach()))
     net.G.register_forward_hook(lambda module, inputs, out: codes.append(inputs[0]))
-    _, gradients = step_at_rest(net, x)
+    _, calls = asked_of(net, x)
     real, fake, *again = judged
     assert torch.equal(real[:, :1], x)
     for place in (1, 2):
@@ -2450,9 +2445,9 @@ def test_packs_are_drawn_and_judged_as_pacgan_has_them():
     assert len({z[0, 0].item() for z in codes}) == 3
     packs = torch.cat([net.G(z) for z in codes[:3]], 1)
     near(packs.detach(), fake)
-    assert_descends(net.G, F.softplus(-net.D(packs)[0]).mean(), gradients)
-    assert_descends(net.D, ivgen.adversarial_loss_d("dcgan", net.D(real)[0], net.D(fake)[0]),
-                    gradients)
+    loss_d = ivgen.adversarial_loss_d("dcgan", net.D(real)[0], net.D(fake)[0])
+    loss_g = F.softplus(-net.D(packs)[0]).mean()
+    assert_asked(net, calls, [("d", loss_d), ("g", loss_g), ("g", loss_g)])
 
 
 def test_packing_widens_ds_first_layer_alone_and_at_1_is_dcgan():
@@ -2523,11 +2518,11 @@ def test_unrolled_gan_moves_g_at_the_d_ahead_and_d_by_one_step():
     gradients = []
     for model, changes in (("unrolled", dict(unroll=0)), ("dcgan", {})):
         net, x = small_iv(model, **changes)
-        loss, given = step_at_rest(net, x)
+        loss, calls = asked_of(net, x)
         losses.append(loss)
-        gradients.append([given[p] for p in net.parameters() if p in given])
-    assert losses[0] == losses[1] and all(map(torch.equal, *gradients))
-    assert len(gradients[0]) == len(gradients[1]) == len(list(net.parameters())) - 2    # f rests
+        gradients.append({name: gradients_of(net, name, loss) for (name, loss), in calls})
+    assert losses[0] == losses[1]
+    assert all(torch.equal(a, b) for n in "dg" for a, b in zip(*(g[n] for g in gradients)))
     nets = [small_iv("unrolled", unroll=k, lr_d=1e-3)[0] for k in (0, 2)]
     start = copy.deepcopy(nets[0])
     for net in nets:
@@ -2541,7 +2536,7 @@ def test_unrolled_gan_moves_g_at_the_d_ahead_and_d_by_one_step():
 
 def test_veegans_networks_descend_their_own_terms():
     net, x = small_iv("veegan", noise_schedule=((0, 0.5),))
-    losses, gradients = step_at_rest(net, x)
+    losses, calls = asked_of(net, x)
     z = torch.randn(8, 8)
     x_z = net.G(z)
     rec = 0.5 * (z - net.E(x_z)).square().sum() / 8 + 4 * math.log(2 * math.pi)
@@ -2550,9 +2545,8 @@ def test_veegans_networks_descend_their_own_terms():
     from_x = net.D(code, x + 0.5 * torch.randn_like(x))
     p = from_z.sigmoid()                                # label 1: (z, G(z))
     q = from_x.sigmoid()                                # label 0: (F(x) + noise, x)
-    assert_descends(net.D, -(p.log() + (1 - q).log()).mean() / 2, gradients)
-    assert_descends(net.G, from_z.mean() + rec, gradients)
-    assert_descends(net.E, rec, gradients)
+    loss_d = -(p.log() + (1 - q).log()).mean() / 2
+    assert_asked(net, calls, [("d", loss_d), ("g", from_z.mean() + rec), ("e", rec)])
     near(losses["rec"], rec.detach())
     near(losses["g_adv"], from_z.mean().detach())
 
@@ -2916,18 +2910,10 @@ def small_aim(model="aim", dataset="grid25", authors=False, **changes):
 
 
 def losses_of_step(net, x):
-    """[loss of D, loss of G and E] that a step hands to its optimisers, which then do not move.
-
-    The random numbers start anew: they are those of the step again when this returns.
-    """
-    torch.manual_seed(5)
-    with mock.patch.object(net.machine, "descend_together") as descend_together:
-        net.step(x)
-    descend_together.assert_called_once()  # D3: no network moves before both gradients are known
-    pairs = descend_together.call_args.args
-    assert [optimiser for optimiser, _ in pairs] == [net.optimiser_d, net.optimiser_g]
-    torch.manual_seed(5)
-    return [loss for _, loss in pairs]
+    """[loss of D, loss of G and E] of a step, as asked_of() has them."""
+    _, [((d, loss_d), (g, loss_g))] = asked_of(net, x)  # D3: in one call, so none moves before
+    assert (d, g) == ("d", "g")
+    return [loss_d, loss_g]
 
 
 # ---- losses --------------------------------------------------------------------------------------
@@ -2976,7 +2962,7 @@ def test_eq_6_estimates_the_kl_divergence():
 @pytest.mark.parametrize("dataset", ["grid25", "mnist", "cifar10"])
 def test_algorithm_1s_losses(model, dataset):
     net, x = small_aim(model, dataset, std=0.2)
-    losses = losses_of_step(net, x)
+    _, calls = asked_of(net, x)
     z = torch.randn(8, net.latent)
     rho_q, rho_p = (net.critic(net.features(each)) for each in (x, net.G(z)))
     if model == "aim-fgan":
@@ -2990,13 +2976,8 @@ def test_algorithm_1s_losses(model, dataset):
         nll = -torch.distributions.Normal(mu, (log_var / 2).exp()).log_prob(z).sum(1).mean()
         wanted[1] = wanted[1] + nll / (1 if model == "aim-fgan" else net.latent)
         assert model != "aim-minus" or not log_var.any()
-    torch.testing.assert_close(losses, wanted, rtol=1e-4, atol=1e-5)
-    for n, own in enumerate(("features critic", "G" if model == "gan" else "G E")):
-        own = [p for name in own.split() for p in getattr(net, name).parameters()]
-        gradients = (torch.autograd.grad(loss[n], own, retain_graph=True)
-                     for loss in (losses, wanted))
-        found, expected = (torch.cat([g.flatten() for g in each]) for each in gradients)
-        assert (found - expected).norm() < 1e-3 * expected.norm()
+    assert len(calls) == 1  # D3: no network moves before both gradients are known
+    assert_asked(net, calls, list(zip("dg", wanted)))
 
 
 @pytest.mark.parametrize("model, authors", [
@@ -3644,31 +3625,19 @@ def test_what_each_optimiser_is_asked_to_lower(model, by_hand, settings, constan
         p.data *= 2                                     # at first all outputs are alike
     if hasattr(net, "D"):
         net.D.eval()                                    # so that spectral norms rest
-    names = {id(value): name[10:] for name, value in data.optimisers_of(net).items()}
-    asked = []
-
-    def gradients(name, loss):
-        own = getattr(net, f"optimiser_{name}").param_groups[0]["params"]
-        return torch.autograd.grad(loss, own, retain_graph=True, materialize_grads=True)
-
-    def descend_together(*pairs):
-        for optimiser, loss in pairs:
-            name = names[id(optimiser)]
-            asked.append((name, loss, gradients(name, loss)))
-
-    net.machine.descend_together = descend_together
-    torch.manual_seed(7)
-    log = net.step(x)
-    assert {name for name, *_ in asked} == set(names.values())
-    torch.manual_seed(7)
-    for name, loss in by_hand(net, x):
+    log, calls = asked_of(net, x)
+    wanted = list(by_hand(net, x))
+    for name, loss in wanted:
         if name.startswith("log "):
             torch.testing.assert_close(log[name[4:]], loss.detach(), rtol=1e-4, atol=1e-5)
-        else:
-            found, *numbers = asked.pop(0)
-            assert found == name
-            torch.testing.assert_close(numbers, [loss, gradients(name, loss)], rtol=1e-3, atol=1e-5)
-    assert not asked
+    wanted = [pair for pair in wanted if "log " not in pair[0]]
+    assert_asked(net, calls, wanted)
+    optimisers = data.optimisers_of(net)
+    assert optimisers.keys() == {f"optimiser_{name}" for name, _ in wanted}
+    for name, optimiser in optimisers.items():  # each holds the networks that its name says
+        letters = {"critic": "d", "map_d": "D", "map_g": "g"}.get(name[10:], name[10:].upper())
+        own = [p for network in letters for p in getattr(net, network).parameters()]
+        assert set(map(id, optimiser.param_groups[0]["params"])) == set(map(id, own))
 
 
 def test_eq_12_and_13_are_the_hinge():
@@ -4074,29 +4043,6 @@ def test_priors():
 
 
 # ---- who moves, and where ------------------------------------------------------------------------
-
-HELD = {  # the networks that each optimiser holds
-    "latentmap": dict(critic="d", eg="EG", map_d="D", map_g="g"),
-    "latentmap-nobn": dict(eg="EG", map_d="D", map_g="g"),
-    "latentmap-noreg": dict(eg="EG", map_d="D", map_g="g"),
-    "vae": dict(eg="EG"), "vae authors": dict(eg="EG"), "wae": dict(eg="EG"),
-    "aae": dict(eg="EG", d="D", e="E"), "aae authors": dict(e="E", g="G", d="D"),
-    "introvae": dict(e="E", g="G"), "introvae authors": dict(e="E", g="G"),
-    "age": dict(e="E", g="G"), "age authors": dict(e="E", g="G"),
-    "alae": dict(ed="ED", fg="FG", eg="EG"), "alae authors": dict(ed="ED", fg="FG"),
-}
-
-
-@pytest.mark.parametrize("model", HELD)
-def test_each_optimiser_holds_its_own_networks(model):
-    net, _ = lm_small(model.split()[0], "mnist", authors=model.endswith("authors"))
-    optimisers = data.optimisers_of(net)
-    assert optimisers.keys() == {f"optimiser_{name}" for name in HELD[model]}
-    for name, networks in HELD[model].items():
-        group, = optimisers[f"optimiser_{name}"].param_groups
-        own = {id(p) for network in networks for p in getattr(net, network).parameters()}
-        assert {id(p) for p in group["params"]} == own
-
 
 def test_authors_alae_shows_running_means():
     net, x = lm_small("alae", "mnist", authors=True, lr=1e-3)
