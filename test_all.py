@@ -3441,11 +3441,6 @@ def lm_small(model="latentmap", dataset="swissroll", map_from=None, authors=Fals
     return net, torch.rand(shape, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
-def lm_vectors(*shape, n=1, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(*shape, generator=generator) for _ in range(n)]
-
-
 def lm_changed(net, before):
     """The children of which some weight or buffer differs from the state dict `before`."""
     after = net.state_dict()
@@ -3678,8 +3673,8 @@ def test_spearman_on_constructed_cases():
 
 
 def test_trustworthiness_is_the_double_loop():
-    (x,) = lm_vectors(30, 4)
-    (code,) = lm_vectors(30, 2, seed=1)
+    x = normal(30, 4)
+    code = normal(30, 2, seed=1)
 
     def order(points, i):  # the others, nearest first
         others = [j for j in range(30) if j != i]
@@ -3784,7 +3779,7 @@ def test_latentmaps_point_metrics(dataset, off, gap, share, monkeypatch):
 @pytest.mark.parametrize("model", ["latentmap", "vae"])
 def test_code_metrics_compare_generated_codes_with_the_datas(model, monkeypatch):
     net, _ = lm_small(model)
-    (x,) = lm_vectors(600, 2)
+    x = normal(600, 2).float()
     monkeypatch.setattr(net, "encode", lambda x: x)
     monkeypatch.setattr(net, "prior", lambda n, seed: x[:n])
     shift = 0
@@ -3805,9 +3800,8 @@ def test_code_metrics_compare_generated_codes_with_the_datas(model, monkeypatch)
 def test_codes_are_shown_on_their_principal_axes(monkeypatch):
     panels = {}
     monkeypatch.setattr(metrics, "save_panels", lambda path, shown: panels.update(shown))
-    (plane,) = lm_vectors(400, 2)
-    plane = plane * torch.tensor([3.0, 1.0])
-    rotation = torch.linalg.qr(lm_vectors(6, 6, seed=1)[0]).Q
+    plane = normal(400, 2) * torch.tensor([3.0, 1.0])
+    rotation = torch.linalg.qr(normal(6, 6, seed=1)).Q
     code = torch.cat([plane, torch.zeros(400, 4)], 1) @ rotation
     for nothing in (code[:, :1], code * math.nan):
         latentmap.draw_codes("", nothing, nothing, code, None, 0)
@@ -3949,7 +3943,7 @@ def test_64_pixel_networks_are_mimicrys():
     assert shapes == [(64, 3), (128, 64), (256, 128), (512, 256), (1024, 512)]
     assert isinstance(d[0].residual[0], nn.Conv2d)  # the first has no ReLU before
     assert isinstance(d[1].residual[1], nn.ReLU) and d[-1].weight.shape == (128, 1024)
-    (h,) = lm_vectors(2, 3, 2, 2)
+    h = normal(6, 4).view(2, 3, 2, 2)
     torch.testing.assert_close(d[-2](h), h.clamp_min(0).sum((2, 3)))
     mean = latentmap.encoder_64(3, 7, 2, spectral=False)[-2]  # E takes the mean
     torch.testing.assert_close(mean(h), h.clamp_min(0).mean((2, 3)))
@@ -3969,7 +3963,7 @@ def test_where_the_encoders_halve_the_image(size, hidden):
 
 def test_up_enlarges_after_its_shortcut_as_if_before():
     block = latentmap.Up(6, 4).eval()
-    (x,) = lm_vectors(2, 6, 5, 5)
+    x = normal(12, 25).float().view(2, 6, 5, 5)
 
     def up(h):
         return F.interpolate(h, scale_factor=2, mode="bilinear", align_corners=False)
@@ -4039,7 +4033,7 @@ def test_priors():
 
 def test_authors_alae_shows_running_means():
     net, x = lm_small("alae", "mnist", authors=True, lr=0.1)  # steps that a small share shows
-    a, b = lm_vectors(12, 5, n=2)
+    a, b = (normal(12, 5, seed).float() for seed in (1, 2))
     torch.testing.assert_close(net.D(a + b), net.D(a) + net.D(b) - net.D(0 * a))  # linear
     assert sum(isinstance(m, nn.Linear) for m in net.D) == 3
 
