@@ -957,15 +957,17 @@ def test_a_folder_is_never_called_as_a_published_set(tmp_path):
     assert names == ["folder-cifar10", "cifar11"]
 
 
-def test_pictures_whose_names_are_no_utf8(tmp_path):
-    save_pictures(tmp_path / "latin", 2)
-    odd = os.fsencode(tmp_path / "latin") + b"/caf\xe9.png"
+def test_pictures_whose_names_are_no_utf8(tmp_path, capsys):
+    """Those of the folder and of a file; from the cache, too."""
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
     try:
-        os.rename(tmp_path / "latin" / "0.png", odd)
+        save_pictures(odd, 2)
+        (odd / "0.png").rename(odd / f"{odd.name}.png")
     except OSError:
         pytest.skip("this file system knows no such names")
-    for _ in range(2):
-        assert len(data.load(tmp_path / "latin", tmp_path / "root")) == 2
+    for decoded in (True, False):
+        assert cli(data, odd, "--root", tmp_path / "root", "--out", tmp_path / "sheet.png") == 0
+        assert bool(capsys.readouterr().err) == decoded
 
 
 def test_the_command_line_draws_a_sheet(tmp_path, monkeypatch, capsys):
@@ -1725,13 +1727,15 @@ def pixels(path):
 
 
 def test_scatter_puts_points_where_they_belong(tmp_path):
-    points = torch.tensor([[0.5, 0.5], [-0.5, -0.5], [3.0, 0.0]])
-    picture = metrics.scatter(points, torch.tensor([0, 1, 1]), 2, reach=1, side=100)
+    points = torch.tensor([[3.0, 0.0], [0.5, 0.5], [-0.5, -0.5]])
+    picture = metrics.scatter(points, torch.tensor([1, 0, 1]), 2, reach=1, side=100)
     ink = (picture < 1).any(0).nonzero().float()
-    assert len(ink) == 8  # two dots of 2 x 2 pixels; the third point is outside
+    assert len(ink) == 8  # two dots of 2 x 2 pixels; the first point is outside
     upper, lower = (ink[half].mean(0) for half in (ink[:, 0] < 50, ink[:, 0] > 50))
     assert (upper - torch.tensor([24.5, 75.5])).abs().max() < 2
     assert (lower - torch.tensor([74.5, 25.5])).abs().max() < 2
+    red, blue = (picture[:, *at.long()] for at in (upper, lower))  # label 0 is red
+    assert red.tolist() == pytest.approx([0.85, 0, 0]) and blue.argmax() == 2
     metrics.save_panels(tmp_path / "panels.png", {"one": picture, "two": 1 - picture})
     panels = pixels(tmp_path / "panels.png")
     assert torch.equal(panels[:, 20:-4, 4:104], (picture * 255).byte())
@@ -4508,12 +4512,14 @@ def test_where_and_how_far_a_run_is_resumed(name, copied, fails, tmp_path, capsy
     fails("holds a checkpoint, but it is no run's folder", module, "--resume", alone)
     assert os.listdir(alone.parent) == ["m.pt"]
     fails("may go back behind its run's last step", module, "--resume", run / "best.pt")
-    fails("holds something else; give a new folder", module, "--resume", run, *longer,
-          copied(name, 5))
+    early = copied(name, 5)
+    fails("holds something else; give a new folder", module, "--resume", run, *longer, early)
     assert resume(name, run, "--out", new) == 0  # nothing is left to train
     assert_same(saved(new)["weights"], saved(run)["weights"])
     shutil.rmtree(new)
-    assert resume(name, run / "best.pt", *longer, new) == 0  # a checkpoint may be named
+    shutil.copy(early / "last.pt", run / "best.pt")
+    assert resume(name, run / "best.pt", *longer, new) == 0  # a checkpoint may be named, of step 3
+    assert [line["step"] for line in log_of(new) if "protocol" in line] == [6, 9]
     assert saved(new)["step"] == STEPS + 1 and (new / "best.pt").exists()
     assert saved(run)["step"] == STEPS
     for flags in ((), ("--steps", 1), ("--epochs", 1e-4)):
