@@ -1467,6 +1467,10 @@ def quadrants(n, split, seed, stacked=False):
     return data.Dataset(name, split, x, y, 1000 if stacked else 4, stacked)
 
 
+def unlabelled(n):
+    return dataclasses.replace(quadrants(n, "train", n), y=None, classes=0)
+
+
 @pytest.fixture(scope="module")
 def sets():
     return quadrants(2000, "train", 1), quadrants(300, "test", 2)
@@ -2080,14 +2084,6 @@ def small_iv(model="ivlsgan", machine=None, steps=100, steps_per_epoch=None, **c
     return net, torch.rand(shape, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
-def striped(n, labels=True):
-    """n noisy grey images of 16 pixels, of ten classes, each with a bright line of its own."""
-    x = torch.randint(90, (n, 1, 16, 16), generator=torch.Generator().manual_seed(n)).byte()
-    y = torch.arange(n) * 7 % 10
-    x[torch.arange(n), 0, 3 + y] += 160
-    return data.Dataset("stripes", "train", x, y if labels else None, 10 if labels else 0)
-
-
 def near(a, b, rtol=1e-4, atol=1e-5):
     torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
 
@@ -2594,7 +2590,7 @@ def test_running_statistics_are_of_what_they_normalise_later(tmp_path):
     evaluated(net, tmp_path, n=100)
     found = copy.deepcopy(last)
     seen[last].clear()
-    for x, _ in data.ordered(striped(100, False), 96, net.config.batch, size=32):
+    for x, _ in data.ordered(unlabelled(100), 96, net.config.batch, size=32):
         net.E(x)
     near(found.running_mean, torch.stack([h.mean(0) for h in seen[last]]).mean(0))
     near(found.running_var, torch.stack([h.var(0) for h in seen[last]]).mean(0))
@@ -2695,13 +2691,9 @@ def test_the_flag_network_chooses_a_preset():
         assert settings_from(ivgen, *flags, "--network", "pacgan") == wanted
 
 
-def stacked_stripes(n):
-    return dataclasses.replace(striped(n), name="stacked-digits", classes=1000, stacked=True)
-
-
-def test_fixed_triples_are_of_all_digits():
-    train = stacked_stripes(80)
-    test = stacked_stripes(20)
+def test_fixed_triples_are_of_all_digits(sets):
+    train = quadrants(80, "train", 1, stacked=True)
+    test = quadrants(20, "test", 2, stacked=True)
     fixed = data.fixed_triples(train, test, 400)
     assert fixed.x.shape == (400, 3, 16, 16) and fixed.channels == 3 and fixed.classes == 1000
     assert data.fingerprint(fixed) == data.fingerprint(data.fixed_triples(train, test, 400))
@@ -2710,13 +2702,13 @@ def test_fixed_triples_are_of_all_digits():
     used = [[picture.numpy().tobytes() for picture in x] for x in fixed.x]
     assert len({picture for triple in used for picture in triple}) == 100      # of both splits
     assert fixed.y.tolist() == [int("".join(str(digits[p]) for p in triple)) for triple in used]
-    with pytest.raises(data.UserError, match="--triples: stripes is no set of stacked digits"):
-        data.fixed_triples(striped(9), striped(9), 5)
+    with pytest.raises(data.UserError, match="--triples: quadrants is no set of stacked digits"):
+        data.fixed_triples(*sets, 5)
 
 
 def test_a_run_on_fixed_triples(tmp_path, monkeypatch):
     """It trains on these, and its classifier on the digits of the training split, as without."""
-    pair = (stacked_stripes(200), stacked_stripes(60))
+    pair = [quadrants(n, "train", n, stacked=True) for n in (200, 60)]
     monkeypatch.setattr(data, "load_pair", lambda *_: pair)
     monkeypatch.setattr(data, "load", lambda *_, **__: pair[0])
     learned = []
@@ -2760,10 +2752,10 @@ def evaluated(net, folder, n=96):
     """The metrics of an evaluation of `net`, and the names of the pictures it leaves."""
     for name in ("samples", "recon", "figures"):
         (folder / name).mkdir()
-    stripes = striped(n, labels=False)
-    x, _ = next(data.ordered(stripes, 100, 100, size=net.config.size))
-    evaluator = metrics.Evaluator(stripes, stripes, net.config.size, root=folder, samples=50)
-    result = ivgen.evaluate(net, evaluator, folder, 2, x, stripes)
+    bare = unlabelled(n)
+    x, _ = next(data.ordered(bare, 100, 100, size=net.config.size))
+    evaluator = metrics.Evaluator(bare, bare, net.config.size, root=folder, samples=50)
+    result = ivgen.evaluate(net, evaluator, folder, 2, x, bare)
     return result, " ".join(sorted(path.stem for path in folder.rglob("*.png")))
 
 
@@ -2783,7 +2775,7 @@ def test_an_evaluation_leaves_its_numbers_and_figures(model, left, tmp_path, mon
     assert ("mse" in result) == ("dcgan" not in model.removeprefix("iv"))
     assert ("fld" in result) == (model in ivgen.IVAAE_MODELS)
     if "fld" in result:                                 # IVAAE's Table 2
-        images, _ = next(data.ordered(striped(96, labels=False), 96, size=16))
+        images, _ = next(data.ordered(unlabelled(96), 96, size=16))
         wanted = metrics.frechet_latent_distance(net.encode(images))
         assert result["fld"] == pytest.approx(wanted, rel=1e-4) and result["fld_n"] == 96
         assert "fld: 96 train images; mse: " in result["protocol"]
@@ -2806,10 +2798,10 @@ def test_figure_1_shows_the_interventions(monkeypatch, tmp_path):
 
 def test_probes_leave_the_frozen_networks_alone(monkeypatch):
     """Fig. 2's D learns and Fig. 5's classifier too; E and G, batch norms included, do not."""
-    stripes = striped(600)
+    train = quadrants(600, "train", 1)
     net, _ = small_iv("ivaae-rad")
     before = copy.deepcopy(net)
-    lines = ivgen.probe_discriminator(net, data.Batches(stripes, 32, size=16), 30)
+    lines = ivgen.probe_discriminator(net, data.Batches(train, 32, size=16), 30)
     loss = [line["loss"] for line in lines]
     assert sum(loss[-5:]) < sum(loss[:5]) and not alike(net.D, before.D)
     inputs = []
@@ -2818,10 +2810,10 @@ def test_probes_leave_the_frozen_networks_alone(monkeypatch):
     rates = []
     adam = torch.optim.Adam
     monkeypatch.setattr(torch.optim, "Adam", lambda of, lr: rates.append(lr) or adam(of, lr))
-    lines = ivgen.probe_classifier(net, data.Batches(stripes, 60, size=16), stripes, 60, every=20)
+    lines = ivgen.probe_classifier(net, data.Batches(train, 60, size=16), train, 60, every=20)
     assert rates == [1e-4]                              # printed in Sec. 4
     assert inputs == [32, 1000, 1000]                   # E's last hidden layer, then 1000 nodes
-    assert [line["iteration"] for line in lines] == [20, 40, 60] and lines[-1]["error"] < 0.8
+    assert [line["iteration"] for line in lines] == [20, 40, 60] and lines[-1]["error"] < 0.5
     assert alike(net.E, before.E) and alike(net.G, before.G)
 
 
