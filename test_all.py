@@ -2649,37 +2649,6 @@ def test_mmd_is_unbiased_and_equals_the_double_loop():
     assert torch.autograd.gradcheck(lambda a: metrics.mmd_imq(a, b), a.requires_grad_())
 
 
-@pytest.mark.parametrize("model, dataset, wanted", [
-    ("ivlsgan", "cifar10", dict(
-        network="table1", size=64, width=64, latent=100, batch=64, epochs=400, steps=None, k=4,
-        lam=0.25, mu=0.5, lam_e=1, mu_e=1, lr=1e-4, lr_e=5e-3, beta1=0.5, beta2=0.999, loss="lsgan",
-        e_steps=1, e_sign="paper", d_norm="table1", prior="normal", pack=1, triples=None,
-        noise_schedule=((0, 0.05), (0.125, 0.01), (0.25, 0.001), (0.5, 0.0)))),
-    ("ivdcgan", "mnist", dict(
-        loss="dcgan", noise_schedule=((0, 0.05), (0.25, 0.01), (0.5, 0.003), (0.75, 0.001)))),
-    ("ivlsgan", "stacked-mnist", dict(steps=100_000, samples=26_000)),
-    ("dcgan", "mnist", dict(loss="dcgan", noise_schedule=(), steps_of_d=1)),
-    ("lsgan", "mnist", dict(loss="lsgan", noise_schedule=())),
-    ("wgan", "cifar10", dict(loss="wgan", lr=5e-5, steps_of_d=5)),
-    ("wgan-gp", "cifar10", dict(loss="wgan-gp", lr=1e-4, beta1=0, beta2=0.9, steps_of_d=5)),
-    ("mrgan", "cifar10", dict(loss="dcgan", mu=0.25, lam=0.25, mu_e=0.25, lam_e=0.25)),
-    ("mrgan", "digits", dict(noise_schedule=((0, 0.2),), lr=1.5e-3, decay="linear")),
-    ("pacdcgan", "stacked-mnist", dict(pack=2, size=64, batch=64, **ivgen.PACGAN)),
-    ("unrolled", "stacked-mnist", dict(unroll=5, lr=1e-4, lr_d=2e-4, steps_of_g=1)),
-    ("veegan", "stacked-mnist", dict(lr=2e-4, lr_e=2e-4, beta1=0.5, prior="normal")),
-    ("ivaae-rad", "mnist", dict(
-        network="fc", width=1024, size=64, latent=16, batch=64, lr=1e-4, lr_d=1e-4, lr_e=5e-5,
-        epochs=300, lam_mmd=10, decay=((100, 0.5), (200, 0.25)), samples=20_000, e_loss="iv")),
-    ("ivaae-bw", "celeba", dict(
-        network="conv", width=128, latent=64, batch=100, lr=1e-3, lr_d=5e-4, lr_e=1e-3, t=4, lam=1,
-        mu1=4, mu2=2, lam_mmd=100, decay=((30, 0.5), (50, 0.1), (100, 0.01)))),
-    ("ivaae-svgd", "cifar10", dict(latent=128, batch=128, epochs=300, lam_mmd=100, t=4)),
-    ("aae", "mnist", dict(t=1, mu1=4, mu2=2))])
-def test_ivgens_presets_are_the_papers(model, dataset, wanted):
-    config = ivgen.preset(model, dataset)
-    assert {name: getattr(config, name) for name in wanted} == wanted
-
-
 def test_the_flag_network_chooses_a_preset():
     """As --model and --dataset do; of DCGAN's settings it chooses PacGAN's with it (D21)."""
     for model in ("dcgan", "lsgan", "ivlsgan"):
@@ -3113,6 +3082,8 @@ def test_each_optimiser_moves_its_own_networks_down_its_own_loss(model):
 
 
 def test_without_lambda_e_rests_and_the_rest_is_the_gan():
+    """Left to the paper, lambda is 1 / d."""
+    assert small_aim()[0].lam == 1 / 2 and small_aim("aim", "mnist", latent=5)[0].lam == 1 / 5
     net, x = small_aim(lam=0.0)
     gan, _ = small_aim("gan")
     gan.load_state_dict({k: v for k, v in net.state_dict().items() if not k.startswith("E.")})
@@ -3318,21 +3289,6 @@ def test_sigma_is_the_mean_deviation_of_q(tmp_path):
     x = x.repeat(15, 1)
     result = aim.evaluate(net, lambda model: {}, tmp_path, 3, (x, torch.zeros(120).long()), 1)
     assert result["sigma"] == pytest.approx(net.posterior(x[:100])[1].mean().item())
-
-
-def test_presets_are_the_papers():
-    common = dict(batch=100, lr=2e-4, beta1=0.5, decay="sqrt", lam=None, std=0.02, width=None)
-    for dataset, size, epochs in (("mnist", 28, 400), ("celeba", 64, 300), ("cifar10", 64, 300)):
-        config = dataclasses.asdict(aim.preset("aim", dataset))
-        assert common.items() <= config.items()
-        assert (config["size"], config["epochs"]) == (size, epochs)
-    assert aim.preset() == aim.preset("aim", "grid25")
-    with_1 = [model for model in aim.MODELS if aim.preset(model, "celeba").lam == 1]
-    assert sorted(with_1) == ["aim-fgan", "alice", "alice-adv"]
-    assert [aim.preset("aim", name).reach for name in ("grid25", "swissroll")] == [4, 1]
-    points = aim.preset()
-    assert (points.lr, points.beta1, points.epochs, points.decay) == (5e-4, 0.8, 12, "linear")  # D4
-    assert small_aim()[0].lam == 1 / 2 and small_aim("aim", "mnist", latent=5)[0].lam == 1 / 5
 
 
 @pytest.mark.parametrize("flags, values", [
@@ -3810,26 +3766,6 @@ def test_an_evaluation_of_the_first_phase_scores_no_samples(dataset, tmp_path):
 
 
 # ---- settings ------------------------------------------------------------------------------------
-
-
-def test_latentmap_presets_are_the_papers():
-    c = latentmap.preset("latentmap", "celeba")
-    assert (c.size, c.width, c.latent, c.batch, c.epochs, c.lr) == (64, 64, 128, 32, 25, 2e-4)
-    assert (c.gamma, c.lam, c.omega1, c.omega2, c.beta1) == (0.2, 0.2, 1, 1, 0)
-    assert (c.recon, c.prior, c.joint, c.normalise) == ("l2", "gauss", False, True)
-    assert (c.critic_steps, c.map_d_steps, c.ae_share) == (2, 5, 0.8)
-    c = latentmap.preset("latentmap", "mnist")
-    assert (c.size, c.latent) == (32, 256) and latentmap.preset("age", "celeba").prior == "sphere"
-    c = latentmap.preset()
-    assert (c.dataset, c.size, c.latent, c.ae_share) == ("swissroll", None, 2, 0.6)
-    assert (c.lr, c.steps, c.batch, c.width, c.omega1) == (1e-3, 6000, 500, 128, 0.3)  # D7
-    tuned = [latentmap.preset(model, "swissroll").lr for model in ("vae", "aae", "alae")]
-    assert tuned == [1e-3, 2e-3, 2e-4]
-    c = latentmap.preset("latentmap", "swissroll3d")
-    assert (c.size, c.width, c.latent, c.networks) == (None, 400, 2, "swissroll3d")
-    nobn, noreg = (latentmap.preset(f"latentmap-{name}", "mnist") for name in ("nobn", "noreg"))
-    assert nobn.omega1 == nobn.omega2 == noreg.omega1 == noreg.omega2 == 0
-    assert noreg.normalise and not nobn.normalise
 
 
 def test_authors_settings_are_defaults_that_flags_override():
@@ -4784,6 +4720,59 @@ def test_a_checkpoint_that_is_not_finite_is_not_used(name, what, copied, capsys)
 HUGE = "1" + "0" * 20
 SYSTEMS = {ivgen: (*ivgen.IVGAN_MODELS, *ivgen.IVAAE_MODELS), aim: (*aim.MODELS,),
            latentmap: (*latentmap.MODELS,)}
+
+
+@pytest.mark.parametrize("module, model, dataset, wanted", [
+    (ivgen, "ivlsgan", "cifar10", dict(
+        network="table1", size=64, width=64, latent=100, batch=64, epochs=400, steps=None, k=4,
+        lam=0.25, mu=0.5, lam_e=1, mu_e=1, lr=1e-4, lr_e=5e-3, beta1=0.5, beta2=0.999, loss="lsgan",
+        e_steps=1, e_sign="paper", d_norm="table1", prior="normal", pack=1, triples=None,
+        noise_schedule=((0, 0.05), (0.125, 0.01), (0.25, 0.001), (0.5, 0.0)))),
+    (ivgen, "ivdcgan", "mnist", dict(
+        loss="dcgan", noise_schedule=((0, 0.05), (0.25, 0.01), (0.5, 0.003), (0.75, 0.001)))),
+    (ivgen, "ivlsgan", "stacked-mnist", dict(steps=100_000, samples=26_000)),
+    (ivgen, "dcgan", "mnist", dict(loss="dcgan", noise_schedule=(), steps_of_d=1)),
+    (ivgen, "lsgan", "mnist", dict(loss="lsgan", noise_schedule=())),
+    (ivgen, "wgan", "cifar10", dict(loss="wgan", lr=5e-5, steps_of_d=5)),
+    (ivgen, "wgan-gp", "cifar10", dict(loss="wgan-gp", lr=1e-4, beta1=0, beta2=0.9, steps_of_d=5)),
+    (ivgen, "mrgan", "cifar10", dict(loss="dcgan", mu=0.25, lam=0.25, mu_e=0.25, lam_e=0.25)),
+    (ivgen, "mrgan", "digits", dict(noise_schedule=((0, 0.2),), lr=1.5e-3, decay="linear")),
+    (ivgen, "pacdcgan", "stacked-mnist", dict(pack=2, size=64, batch=64, **ivgen.PACGAN)),
+    (ivgen, "unrolled", "stacked-mnist", dict(unroll=5, lr=1e-4, lr_d=2e-4, steps_of_g=1)),
+    (ivgen, "veegan", "stacked-mnist", dict(lr=2e-4, lr_e=2e-4, beta1=0.5, prior="normal")),
+    (ivgen, "ivaae-rad", "mnist", dict(
+        network="fc", width=1024, size=64, latent=16, batch=64, lr=1e-4, lr_d=1e-4, lr_e=5e-5,
+        epochs=300, lam_mmd=10, decay=((100, 0.5), (200, 0.25)), samples=20_000, e_loss="iv")),
+    (ivgen, "ivaae-bw", "celeba", dict(
+        network="conv", width=128, latent=64, batch=100, lr=1e-3, lr_d=5e-4, lr_e=1e-3, t=4, lam=1,
+        mu1=4, mu2=2, lam_mmd=100, decay=((30, 0.5), (50, 0.1), (100, 0.01)))),
+    (ivgen, "ivaae-svgd", "cifar10", dict(latent=128, batch=128, epochs=300, lam_mmd=100, t=4)),
+    (ivgen, "aae", "mnist", dict(t=1, mu1=4, mu2=2)),
+    *((aim, "aim", name, dict(size=size, epochs=epochs, batch=100, lr=2e-4, beta1=0.5, decay="sqrt",
+                              lam=None, std=0.02, width=None))
+      for name, size, epochs in (("mnist", 28, 400), ("celeba", 64, 300), ("cifar10", 64, 300))),
+    *((aim, name, "celeba", dict(lam=1 if name in ("aim-fgan", "alice", "alice-adv") else None))
+      for name in aim.MODELS),
+    (aim, None, None, dict(model="aim", dataset="grid25", reach=4, lr=5e-4, beta1=0.8, epochs=12,
+                           decay="linear")),            # D4
+    (aim, "aim", "swissroll", dict(reach=1)),
+    (latentmap, "latentmap", "celeba", dict(
+        size=64, width=64, latent=128, batch=32, epochs=25, lr=2e-4, gamma=0.2, lam=0.2, omega1=1,
+        omega2=1, beta1=0, recon="l2", prior="gauss", joint=False, normalise=True, critic_steps=2,
+        map_d_steps=5, ae_share=0.8)),
+    (latentmap, "latentmap", "mnist", dict(size=32, latent=256)),
+    (latentmap, "age", "celeba", dict(prior="sphere")),
+    (latentmap, None, None, dict(model="latentmap", dataset="swissroll", size=None, latent=2,
+        ae_share=0.6, lr=1e-3, steps=6000, batch=500, width=128, omega1=0.3)),      # D7
+    *((latentmap, name, "swissroll", dict(lr=lr))
+      for name, lr in (("vae", 1e-3), ("aae", 2e-3), ("alae", 2e-4))),
+    (latentmap, "latentmap", "swissroll3d", dict(
+        size=None, width=400, latent=2, networks="swissroll3d")),
+    *((latentmap, f"latentmap-{name}", "mnist", dict(omega1=0, omega2=0, normalise=name == "noreg"))
+      for name in ("nobn", "noreg"))])
+def test_presets_are_the_papers(module, model, dataset, wanted):
+    config = module.preset(model, dataset)
+    assert {name: getattr(config, name) for name in wanted} == wanted
 
 
 @pytest.mark.parametrize("module", PAPERS)
