@@ -1666,7 +1666,7 @@ def test_evaluator_scores_samples_as_they_would_be_saved_and_refuses_bad_ones(se
 
 def test_evaluator_of_an_unlabelled_set_measures_reconstructions_only(sets, cache, capsys):
     def bright(x):
-        return x.mean((1, 2, 3), keepdim=True) > 0
+        return x.mean((1, 2, 3), keepdim=True) > x.mean()
 
     bare = data.Dataset("bare", "train", sets[0].x[:50], None, 0)
     evaluator = metrics.Evaluator(bare, bare, 16, root=cache, samples=50)
@@ -1675,6 +1675,7 @@ def test_evaluator_of_an_unlabelled_set_measures_reconstructions_only(sets, cach
         "mse_pm1": 0.0, "mse": 0.0, "mse_std": 0.0, "protocol": "mse: 50 train images, 16x16"}
     result = evaluator(None, lambda x: x + 2 * bright(x))
     error = bright(data.to_float(bare.x)).double()  # 1 or 0
+    assert 0 < error.mean() < 1
     assert result["mse"] == pytest.approx(error.mean().item(), rel=1e-6)
     assert result["mse_std"] == pytest.approx(error.std(correction=0).item(), rel=1e-6)
 
