@@ -1201,7 +1201,8 @@ def parse(argv, file, about, preset, extra=None, tables=()):
     names = inspect.signature(preset).parameters
     for name in (*names, "resume"):
         switch = name in names and names[name].default is False
-        first.add_argument(flag_of(name), **dict(action="store_true") if switch else {})
+        how = dict(action=argparse.BooleanOptionalAction, default=False) if switch else {}
+        first.add_argument(flag_of(name), **how)
     known = vars(first.parse_known_args(argv)[0])
     checkpoint = None
     if known["resume"] is None:
@@ -1251,6 +1252,9 @@ def with_flags(settings, given, free):
     """The settings with the given values. Raises UserError for what cannot be, or is not free."""
     if "dataset" in given:
         given["dataset"] = whole_name(given["dataset"])
+        if (given["dataset"] in POINT_SETS) != (settings.dataset in POINT_SETS):
+            raise UserError(f"--dataset {given['dataset']}: a run does not go from points to "
+                            "pictures, nor back")
     if "epochs" in given and "steps" not in given:
         given["steps"] = None  # a length in epochs replaces one in steps
     for name, value in given.items():
@@ -1803,7 +1807,7 @@ def run_table(argv, file, tables, main):
     for flag in ("--device", "--root", "--out", "--dataset"):
         parser.add_argument(flag)
     args, flags = parser.parse_known_args(argv)
-    own = {"--resume", "--sample", "--bench", "--probe", "--seed", "--model"}
+    own = {"--resume", "--sample", "--bench", "--probe", "--seed", "--model", "--no-authors"}
     if own & {flag.partition("=")[0] for flag in flags}:
         raise UserError(f"--table sets {', '.join(sorted(own))} by itself; leave them out")
     if not 1 <= args.seeds <= 1000:
