@@ -15,7 +15,7 @@ codes, in a GAN between vectors, Eqs. (12) and (13). A sample is G(g(z)).
     python latentmap.py                             the Swiss roll (Figs. 4 and 5), offline
     python latentmap.py --model vae                 a baseline: vae, aae, alae, wae, introvae, age
     python latentmap.py --model vae --authors       ... as LatentMap's authors' script has it (D8)
-    python latentmap.py --dataset swissroll3d       the roll in 3-D, with their networks (D7)
+    python latentmap.py --dataset swissroll3d       the roll in 3-D, with their networks (D6)
     python latentmap.py --dataset mnist             Fig. 6; also latentmap-nobn, latentmap-noreg
     python latentmap.py --dataset celeba            Tables 1 and 2: 64 x 64, 25 epochs
     python latentmap.py --dataset FOLDER            one's own pictures
@@ -130,7 +130,8 @@ class Machine:
 #                                + ||d(x_mu) - mu - lam||^2                                Eq. (9)
 #     line 3    E, G:      down  ||x - x^||^2 + omega1 ||d(x_mu)||^2 + omega2 ||d(x^)||^2 Eq. (10)
 # and from then on, while E, BN, G and d rest and `code` comes from the running statistics,
-#     line 4    D, five times:  down  relu(1 - D(code)) + relu(1 + D(g(z)))               Eq. (12)
+#     line 4    D, five times (of points, twice):
+#                          down  relu(1 - D(code)) + relu(1 + D(g(z)))                    Eq. (12)
 #     line 5    g:              down  -D(g(z))                                            Eq. (13)
 #
 # Deviations and choices (the authors' code is gengcong940126/AGE).
@@ -145,28 +146,32 @@ class Machine:
 #       Eqs. (9), (10) and (12) print E(x): read here as BN(E(x)), by Eq. (11).
 # D4  | prior: Gaussian             | unit sphere           | Gaussian; or radius      | --prior
 #     |                             | (roll: Gaussian)      | sqrt(dim), of mean square 1
+#       With --authors the radius is 1, but for AGE.
 # D5  | autoencoder, then map       | both in every step    | .8, then .2 of the steps | --joint
 #       The paper does not say how long (points: .6, .4). best.pt comes from the second phase.
 # D6  | G, g, D, d: "Mimicry's      | G, E, d: its SNGAN-64 | as theirs                | --size
 #     | architectures"              | g, D: MLPs            |                          |
 #       E is d with BN, and a mean over positions. d's and D's last layers go without spectral norm,
-#       which would leave them too small a range. MLPs' sizes, 32 pixels and points are ours.
+#       which would leave them too small a range. MLPs' sizes, 32 pixels and points are ours,
+#       but for E and G of swissroll3d, which are theirs.
 # D7  | Swiss roll, 5,000 points    | in 3-D, noise .05     | a plane spiral           | --dataset
-#       The rolls' steps, rates, weights and batch are ours (theirs in 3-D: all 5,000 points,
-#       75,000 steps, 2e-4): each of four systems has the best of six settings on seed 100, found in
-#       3-D at width 128. Ours, too: MNIST's 25 epochs, CIFAR-10's 32 pixels. CelebA's 128
-#       dimensions are Mimicry's.
+#       The rolls' steps (D's too), rates, weights and batch are ours (theirs in 3-D: all 5,000
+#       points, 75,000 steps, 2e-4): each of four systems has the best of six settings on seed 100,
+#       found in 3-D at width 128. Ours, too: MNIST's 25 epochs, CIFAR-10's 32 pixels. CelebA's
+#       128 dimensions are Mimicry's.
 # D8  | baselines: networks and     | see AUTHORS, script_, | their own papers', where | --authors
 #     | epochs as ours, else silent | _authors, `authors`   | not marked "ours"        |
 #       They share E, G, optimiser and batch. With the switch, vae, aae, introvae are as in scripts
 #       of LatentMap's authors, age, alae as in their own authors'. Networks stay, but for two Ds.
-#       In the scripts vae and introvae reconstruct a draw of q(z|x): with the switch, so here.
+#       In the scripts vae and introvae reconstruct a draw of q(z|x): with the switch, so here, but
+#       not of points. For points the switch has the losses, rates and batch of the scripts for
+#       pictures, not of those for the 3-D roll (D7), where ALAE's F does not move.
 # D9  | silent on running           | of all batches        | E's follow data only,    |
 #     | statistics                  |                       | G's the codes of data    |
-#       Blends and samples have other moments, which neither `encode` nor `decode` meets. G of ALAE
-#       follows F(z), that of AGE the prior's draws, that of IntroVAE codes and draws in turn.
+#       Blends of codes and samples have other moments, and would shift these. G of ALAE follows
+#       F(z), that of AGE the prior's draws, that of IntroVAE codes and draws in turn.
 # D10 | FID against training images | MSE of [-1, 1] pixels | so: fid and `mse_pm1`    |
-#       The script takes the MSE of one batch of 64 images, here it is of all test images.
+#       The script takes the MSE of one batch of 64 images; here it is of up to 10,000 test images.
 # D11 | CelebA: resized to 64       |                       | the central 140 x 140    |
 #       of the 178 x 218 aligned faces, as IVAAE and WAE crop them.
 
@@ -1244,6 +1249,7 @@ TABLES = {
 # ---- Evaluation ----------------------------------------------------------------------------------
 
 CURVES = ("mse", "chamfer", "fid", "fcd", "latent_fd")  # drawn by epoch
+OF_G = ("chamfer", "gen_dist", "gen_gap", "coverage", "latent_fd")  # that g has a part in
 NEAR = 0.05  # a ninth of the gap between two turns of the roll
 
 
@@ -1321,7 +1327,7 @@ def evaluate(model, evaluator, folder, step, test, classes):
     """Pictures and metrics of one moment; the training's random numbers go on as they were.
 
     Adds to the metrics of the evaluator and of `code_metrics` eval_s, seconds, and phase,
-    "autoencoder" where LatentMap's g has not been trained, so that what it makes says nothing.
+    "autoencoder" where LatentMap's g has not been trained: then metrics OF_G are left out.
     """
     began = time.time()
     points = model.config.kind == "points"
@@ -1334,9 +1340,11 @@ def evaluate(model, evaluator, folder, step, test, classes):
             result = evaluator(None if first_phase else model.sample, model.reconstruct)
         of_codes, protocol = code_metrics(model, test[0])
     result["protocol"] = "; ".join(part for part in (result["protocol"], protocol) if part)
+    result |= of_codes
     if first_phase:
+        result = {name: value for name, value in result.items() if name not in OF_G}
         result["phase"] = "autoencoder"
-    return result | of_codes | {"eval_s": round(time.time() - began, 1)}
+    return result | {"eval_s": round(time.time() - began, 1)}
 
 
 def score_of(result):
@@ -1344,11 +1352,6 @@ def score_of(result):
     if "phase" in result:
         return None
     return metrics.best_first(result, ("chamfer", *data.SCORES))
-
-
-def of_untrained_g(name, line):
-    """Whether this number of a line of the log says nothing, since g was not trained yet."""
-    return "phase" in line and name != "mse"
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -1401,7 +1404,7 @@ def train(config, machine, folder, checkpoint=None):
                 if run.main:
                     result = evaluate(model, evaluator, run.folder, step, test, train_set.classes)
                     run.report(step, result)
-                    metrics.draw_log_curves(run.folder, CURVES, config.dataset, of_untrained_g)
+                    metrics.draw_log_curves(run.folder, CURVES, config.dataset)
                 if run.is_best(score_of(result)):
                     run.save("best.pt", step)
             if saves:

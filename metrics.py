@@ -1203,12 +1203,12 @@ def draw_curves(path, curves, title):
     save_picture(path, picture)
 
 
-def draw_log_curves(folder, names, title_of_run, skip=None):
-    """FOLDER/figures/NAME.png of names with two lines in log.jsonl, those of skip() left out."""
+def draw_log_curves(folder, names, title_of_run):
+    """FOLDER/figures/NAME.png of the names that two lines or more of log.jsonl have."""
     folder = Path(folder)
     lines = json_lines(folder / "log.jsonl")
     for name in names:
-        kept = [line for line in lines if name in line and not (skip and skip(name, line))]
+        kept = [line for line in lines if name in line]
         if len(kept) > 1:
             curve = {name: [(line["epoch"], line[name]) for line in kept]}
             draw_curves(folder / f"figures/{name}.png", curve, f"{name} by epoch, {title_of_run}")
