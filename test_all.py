@@ -5024,7 +5024,8 @@ def test_bad_checkpoints_end_in_one_sentence(name, copied, finished, fails):
             (f"the run has model {settings['model']}, not {another}", whole, "--model", another),
             (f"not {settings['width'] + 2}; leave --width out", whole, "--width",
              settings["width"] + 2),
-            ("holds", whole, "--dataset", "ring8"),  # other data, or points for ivgen.py
+            ("does not go from points" if module is ivgen else "holds other data", whole,
+             "--dataset", "ring8"),
             ("--out NEW starts a new run from its weights", state | {"data": "0" * 16}),
             ("damaged or truncated", whole[:len(whole) // 2]),
             ("damaged or truncated", packed.getvalue()),
