@@ -779,8 +779,8 @@ def _folder(folder, root, size, split):
     inside = {entry.name.lower(): entry for entry in folder.iterdir() if entry.is_dir()}
     train = inside.get("train", folder)
     base = train
+    tests = ("test", "val", "valid", "validation")
     if train != folder:
-        tests = ("test", "val", "valid", "validation")
         if split == "test":
             base = next((inside[name] for name in tests if name in inside), train)
         beside = sorted(inside.keys() - {"train", *tests})
@@ -792,10 +792,10 @@ def _folder(folder, root, size, split):
             say(f"{folder}: {len(loose)} pictures beside train/ are left out")
     files = pictures_of(base)
     found = _classes(base, files)
-    for name in set(found) if train == folder else ():
-        if name.lower() in ("training", "testing", "test", "val", "valid", "validation"):
-            raise UserError(f"{folder} has {name}/ but no train/: call splits train and test, "
-                            "and a class otherwise")
+    splits = sorted(name for name in set(found) if name.lower() in ("training", "testing", *tests))
+    if train == folder and splits:
+        raise UserError(f"{folder} has {splits[0]}/ but no train/: call splits train and test, "
+                        "and a class otherwise")
     # The training split numbers the classes, whatever the test split has of them.
     names = sorted(set(found if base == train else _classes(train, find_pictures(train))))
     unknown = sorted(set(found) - set(names))

@@ -1402,7 +1402,7 @@ def of_array(x):
             raise ValueError("some numbers are NaN or infinite")
         how = "scale it to 0..255 and save it as uint8"
         bytes_of = {(0, 255): "x", (-1, 1): "((x + 1) * 127.5)", (0, 1): "(x * 255)"}
-        for (low, high), pixels in bytes_of.items():
+        for (low, high), pixels in bytes_of.items():  # the last range that fits is the closest
             if low <= x.min() and x.max() <= high:
                 how = f"save {pixels}.round().clip(0, 255).astype('uint8')"
         raise ValueError(f"{x.dtype} from {x.min():.3g} to {x.max():.3g}, not bytes: {how}")
@@ -1551,12 +1551,12 @@ def run(args):
     extractors = features_for(wanted, sources, names[0], device, args)
     for source in sources:
         check_source(source, [], extractors)
-    for source in sources:
-        asked = {(args.size, args.size)} if args.size else source.sizes
-        if source.kind == "statistics" and (source.sizes or asked) != asked:
+        if source.kind != "statistics":
+            continue
+        if args.size and source.sizes not in (set(), {(args.size, args.size)}):
             raise UserError(f"{source.name} holds statistics of other pictures than --size "
                             f"{args.size} makes: leave --size out, or save them with it")
-        if source.kind == "statistics" and saving and args.n not in (None, source.n):
+        if saving and args.n not in (None, source.n):
             raise UserError(f"{source.name} holds statistics: --n cannot take a part of them")
     if saving:
         return save_statistics(sources[0], extractors[0], out, args)
