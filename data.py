@@ -62,7 +62,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torchvision
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
@@ -70,6 +69,7 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
+# torchvision is imported where it is used: with it, --help and a mistake take twice as long.
 
 warnings.filterwarnings("ignore", module="PIL")  # What a user has to know is said in a sentence.
 
@@ -704,7 +704,8 @@ def _torchvision(name, root, make):
 
 def _fixed_size(name, root, split):
     """The sets whose pictures all have one size: x as stored."""
-    sets = torchvision.datasets
+    import torchvision.datasets as sets
+
     train = split == "train"
     base = name.removeprefix("stacked-")
     if base == "stl10":
@@ -729,7 +730,8 @@ def _fixed_size(name, root, split):
 
 def _celeba(root, size, split):
     """CelebA's aligned faces, 178x218: the central 140x140 (as IVAAE and WAE do), resized."""
-    sets = torchvision.datasets
+    import torchvision.datasets as sets
+
     got = _torchvision("celeba", root, lambda download: sets.CelebA(root, split, download=download))
     folder = Path(root) / got.base_folder / "img_align_celeba"
     files = [str(folder / file) for file in got.filename]
@@ -1460,6 +1462,8 @@ def write_text(text, path):
 
 def versions():
     """What a number was measured with, as config.json keeps it; "+": with uncommitted changes."""
+    import torchvision
+
     revision = None
     with contextlib.suppress(OSError):
         command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
@@ -2026,6 +2030,8 @@ def oblique(points):
 
 def sheet(dataset):
     """What a network is shown, uint8 (C, H, W): ten by ten images, or the points' density."""
+    import torchvision
+
     if dataset.kind == "points":
         x = oblique(dataset.x)
         reach = 1.05 * float(x.abs().max())

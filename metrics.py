@@ -47,7 +47,6 @@ if __name__ == "__main__":  # Ctrl-C while torch is imported leaves no traceback
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -1140,16 +1139,17 @@ def fixed_noise(n, d, seed=0):
 
 def save_picture(path, picture):
     """A Pillow image, or a tensor (C, H, W) in [0, 1], as a PNG: never half of one."""
-    write = Image.Image.save
-    if isinstance(picture, torch.Tensor):
-        write = torchvision.utils.save_image
+    from torchvision.utils import save_image
+
+    write = save_image if isinstance(picture, torch.Tensor) else Image.Image.save
     save_atomic(picture, path, functools.partial(write, format="PNG"))
 
 
 def save_grid(path, x, columns=10):
     """Images (n, C, S, S) in [-1, 1] as one picture, row by row; or one image (C, S, S)."""
-    grid = torchvision.utils.make_grid(x.float().cpu(), nrow=columns, normalize=True,
-                                       value_range=(-1, 1), padding=1)
+    from torchvision.utils import make_grid
+
+    grid = make_grid(x.float().cpu(), nrow=columns, normalize=True, value_range=(-1, 1), padding=1)
     save_picture(path, grid)
 
 

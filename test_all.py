@@ -1395,7 +1395,7 @@ def test_features_of_a_list_of_sizes_are_those_of_each_alone(genuine, random_inc
     with torch.autocast("cpu", torch.bfloat16):  # of the caller, whose features are float32, too
         assert torch.equal(extract(images)[1], logits)
     rough = metrics.InceptionFeatures(path, amp="bf16")
-    error = (rough(images)[0] - features).norm() / features.norm()
+    error = (rough(images[:1])[0] - features[0]).norm() / features[0].norm()
     assert 1e-4 < error < 0.2 and "bf16" in rough.name and rough.key != extract.key
     with refuses("no flavour vanilla"):
         metrics.InceptionFeatures(path, flavour="vanilla")
@@ -1812,10 +1812,10 @@ def test_bench_counts_one_steps_operations():
     steps = []
     layer = nn.Linear(1000, 500, bias=False)
     config = types.SimpleNamespace(model="m", size=None, width=8)
-    machine = ivgen.Machine("cpu", "bf16")
+    machine = ivgen.Machine("cpu", "off")
     model = types.SimpleNamespace(step=step, config=config, machine=machine)
     timed = metrics.benchmark(model, torch.rand(10, 1000), 7)
-    about = {"model": "m", "size": None, "width": 8, "device": "cpu", "precision": "bf16",
+    about = {"model": "m", "size": None, "width": 8, "device": "cpu", "precision": "off",
              "compiled": False}
     assert about.items() <= timed.items()
     assert timed["gflop_per_step"] == 2 * (2 * 10 * 1000 * 500) / 1e9  # forwards and backwards
@@ -2563,10 +2563,10 @@ def test_instance_noise_and_rates_follow_their_schedules():
             wanted = [factor * rate for rate in (2e-3, 4e-3, 1e-3)]
             assert rates == pytest.approx(wanted[:len(rates)])
     for model in ("dcgan", "wgan", "ivlsgan", "mrgan", "pacdcgan", "unrolled", "veegan"):  # D8
-        for decay, factors in (("linear", (1, 1, 1, 1, 0.75, 0.5, 0.25)), ("none", (1,) * 7)):
+        for decay, factors in (("linear", (1, 1, 0.75, 0.25)), ("none", (1,) * 4)):
             net, x = small_iv(model, steps=8, lr=1e-3, decay=decay)
             at_first = [o.param_groups[0]["lr"] for o in data.optimisers_of(net).values()]
-            for n, factor in zip((0, 1, 2, 4, 5, 6, 7), factors):
+            for n, factor in zip((0, 4, 5, 7), factors):
                 net.iteration = n
                 net.step(x)
                 rates = [o.param_groups[0]["lr"] for o in data.optimisers_of(net).values()]
@@ -4045,7 +4045,7 @@ def test_reconstructions_on_the_sphere_are_of_codes_of_training(model):
         mu, log_var = net.posterior(x)
     signal = F.normalize(mu, dim=1)
     assert (mu.norm(dim=1) < log_var.exp().sum(1).sqrt()).all()  # weak, at the beginning
-    along = torch.stack([(net.latents(x) * signal).sum(1) for _ in range(1000)])
+    along = torch.stack([(net.latents(x) * signal).sum(1) for _ in range(300)])
     total = (mu.square().sum(1) + log_var.exp().sum(1)).sqrt()
     torch.testing.assert_close(along.mean(0), mu.norm(dim=1) / total, rtol=0.3, atol=0.1)
     torch.testing.assert_close(net.encode(x), signal)
@@ -4087,6 +4087,16 @@ def flags_of(pictures, tmp_path_factory):
         return quick(module, dataset or pictures, root, *own, *more)
 
     return flags
+
+
+@pytest.fixture(autouse=True)
+def fewer_points(request, monkeypatch):
+    """Of runs that are compared with runs, what LatentMap measures on a roll need not be exact."""
+    if "flags_of" in request.fixturenames:
+        coarse = functools.partial(latentmap.spiral, 100)
+        monkeypatch.setattr(latentmap, "spiral", coarse)
+        few = functools.partial(latentmap.code_metrics, few=50)
+        monkeypatch.setattr(latentmap, "code_metrics", few)
 
 
 @pytest.fixture(scope="session")
@@ -4321,10 +4331,11 @@ def test_ctrl_c_while_torch_is_imported(tmp_path):
         assert process.communicate(timeout=30)[1] == "" and process.returncode == 130
 
 
-def test_every_file_is_imported_where_there_is_no_unix():
-    missing = "import sys; sys.modules.update(fcntl=None, resource=None); "
-    subprocess.run([sys.executable, "-c", f"{missing}import {', '.join(PRODUCT)}"], cwd=HERE,
-                   check=True)
+def test_every_file_is_imported_where_there_is_no_unix(monkeypatch):
+    for unix in ("fcntl", "resource"):
+        monkeypatch.setitem(sys.modules, unix, None)
+    for name in PRODUCT:
+        runpy.run_path(str(HERE / f"{name}.py"))
 
 
 def test_a_folder_has_one_writer(copied, fails):
@@ -5138,6 +5149,7 @@ def test_bench_prints_json_of_the_data_sets_own_shape(module, flags, tmp_path, m
     built = []
     build = module.build
     monkeypatch.setattr(module, "build", lambda *args: [built.append(args), build(*args)][1])
+    monkeypatch.setattr(metrics, "machine_rates", lambda machine: (1.0, 1.0))
     shape = ("--batch", 4, "--latent", 4, "--device", "cpu")
     assert cli(module, "--bench", 2, *shape, *flags.split()) == 0
     [(config, _, channels)] = built
@@ -5439,7 +5451,7 @@ def test_a_step_on_cuda_waits_for_nothing(module, model, dataset, monkeypatch):
     with FakeTensorMode():
         net = module.build(config, machine, shape[1], 2)
         seen = [net.sample(2)]
-        for _ in range(5 if "wgan" in model else 3):  # LatentMap's two phases
+        for _ in range(5 if "wgan" in model else 2):  # LatentMap's two phases
             seen += net.step(torch.zeros(shape, device="cuda")).values()
         if net.E is not None:  # When evaluating, x is on the CPU.
             seen += [net.encode(torch.zeros(shape)), net.decode(net.encode(torch.zeros(shape)))]
@@ -5587,6 +5599,7 @@ def test_the_numbers_of_a_table(choose, fids, good, by, cells, tmp_path):
     (ivgen, "ivaae-fig3", "--dataset PICTURES --width 4 --batch 8 --samples 50", "gradient"),
     (aim, "2", "--width 8 --batch 50 --samples 100", "modes"),
     (latentmap, "fig4", "--width 8 --batch 50 --samples 100", "chamfer")])
+@pytest.mark.usefixtures("flags_of")  # on fewer points
 def test_a_table_by_one_command(module, name, flags, metric, pictures, monkeypatch, tmp_path,
                                 capsys):
     """Trains two rows, goes on where it was stopped, then prints published beside measured."""
