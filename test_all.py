@@ -6008,14 +6008,17 @@ def render_count(lines):
     """
     done = [(settings_of_command(line["command"]), line["published"]) for line in lines
             if line.get("published") is not None]
-    cells = {}
+    cells = set()
+    found = {}  # cell: whether it is of points
     for cell, value, command in published_cells():
         if cell:
-            is_done = (settings_of_command(command), value) in done
-            cells[cell] = cells.get(cell, False) or is_done
-    n = sum(cells.values())
-    return (f"Of the papers' {len(cells)} numbers, {n} are measured here at the full recipe, "
-            "ours where none is printed.")
+            settings = settings_of_command(command)
+            cells.add(cell)
+            if (settings, value) in done:
+                found[cell] = settings.dataset in data.POINT_SETS
+    return (f"The papers print {len(cells)} numbers. {len(found)} are measured here at full length "
+            f"and size; {sum(found.values())} of these are on points, whose recipe is ours, since "
+            "none is printed.")
 
 
 def filled(text):
