@@ -52,7 +52,6 @@ import time
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 if __name__ == "__main__":  # Ctrl-C while torch is imported leaves no traceback
@@ -146,7 +145,6 @@ def run_command(main, argv=None):
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = map(Steady, streams)
     handlers = on_signals(stop)
-    name = Path(sys.argv[0]).name
     together = False  # whether all ranks come to the end
     try:
         code = main(argv) or 0
@@ -160,7 +158,7 @@ def run_command(main, argv=None):
         sentence = what_to_mend(error)
         if sentence is None:
             raise
-        print(f"{name}: {sentence}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
         code = getattr(error, "code", 2)
         if dist.is_initialized() and not together:
             sys.stdout.flush()
@@ -245,7 +243,7 @@ def fits(value, form):
 # ---- Data sets: one split, whole, as one tensor --------------------------------------------------
 
 
-@dataclass
+@dataclasses.dataclass
 class Dataset:
     """One split of one data set, whole.
 
@@ -333,8 +331,7 @@ def load_pair(name, root="data", size=None):
     local = os.environ.get("LOCAL_RANK") if dist.is_initialized() else None
     if local not in (None, "0"):
         dist.barrier()
-    train = load(name, root, size, "train")
-    test = load(name, root, size, "test")
+    train, test = (load(name, root, size, split) for split in ("train", "test"))
     if local == "0":
         dist.barrier()
     if train.channels != test.channels:
@@ -429,18 +426,15 @@ class Batches:
         share = len(dataset) // world
         self.steps_per_epoch = share // batch
         if self.steps_per_epoch == 0:
-            each = " for each device" if world > 1 else ""
             raise UserError(f"a batch of {batch} is more than the {share:,} items of {dataset.name}"
-                            f"{each}: give a smaller one")
+                            f"{' for each device' * (world > 1)}: give a smaller one")
         self.batch = batch
         self.device = torch.device(device)
         self.size = size
         self.seed = seed
         self.mine = slice(rank, share * world, world)
-        room = math.inf
-        if self.device.type == "cuda":  # A larger set stays here, and its batches are copied.
-            room = torch.cuda.mem_get_info(self.device)[0] / 4
-        if dataset.x.nbytes < room:
+        cuda = self.device.type == "cuda"  # A larger set stays here, and its batches are copied.
+        if not cuda or dataset.x.nbytes < torch.cuda.mem_get_info(self.device)[0] / 4:
             x = dataset.x.to(self.device)
             y = None if dataset.y is None else dataset.y.to(self.device)
             dataset = dataclasses.replace(dataset, x=x, y=y)
@@ -472,9 +466,7 @@ class Batches:
         index = self.order[self.position * self.batch : (self.position + 1) * self.batch]
         self.position += 1
         if self.position == self.steps_per_epoch:
-            self.epoch += 1
-            self.position = 0
-            self.order = None
+            self.load_state_dict({"epoch": self.epoch + 1, "position": 0})
         return _take(self.dataset, index, self.size, self.device)
 
 
@@ -488,9 +480,8 @@ def ordered(dataset, n=None, batch=250, device="cpu", size=None, seed=0, permute
     """
     generator = torch.Generator().manual_seed(seed)
     total = len(dataset)
-    by_class = dataset.kind == "images"
-    if dataset.y is not None:
-        by_class = bool((dataset.y[1:] >= dataset.y[:-1]).all())
+    y = dataset.y
+    by_class = dataset.kind == "images" if y is None else bool((y[1:] >= y[:-1]).all())
     if dataset.stacked:
         index = torch.randint(total, (total if n is None else n, 3), generator=generator)
     elif by_class or permuted:
@@ -562,8 +553,7 @@ def _glyph_tables():
         for run, start, stop in zip(runs, stops, stops[1:]):  # A run gets segments by its length.
             chosen = F.one_hot(torch.tensor([unique.index(p) for p in run]), most).float()
             curve = _spline(len(run), stop - start, closed=run[0] == run[-1]) @ chosen
-            ends[v, 0, start:stop] = curve[:-1]
-            ends[v, 1, start:stop] = curve[1:]
+            ends[v, :, start:stop] = torch.stack([curve[:-1], curve[1:]])
     # The warp is a Gaussian field (std 2.5 % of the box, changing over about 40 % of it), taken at
     # the points alone since the curves follow. The hand adds 0.8 % of independent unsteadiness.
     distance2 = torch.cdist(points, points).square()
@@ -959,9 +949,8 @@ def read_pictures(name, items, size=None, crop=None, read=None, changed=None):
             for picture, remarks in pool.map(attempt, items[start : start + 64]):
                 if picture is None:
                     bad += remarks
-                else:
+                elif not bad:
                     changed.update(remarks)
-                if not bad:
                     yield picture
     finally:
         pool.shutdown(cancel_futures=True)  # After an error or Ctrl-C the rest is not needed.
@@ -1128,7 +1117,7 @@ def setting(default, text="", kind=None, least=None, most=2**48, choices=None, m
     return dataclasses.field(default=default, metadata=about)
 
 
-@dataclass
+@dataclasses.dataclass
 class Settings:
     """What every run has. The settings of a paper add `model`, `dataset` and their own fields."""
 
@@ -1206,14 +1195,13 @@ def parse(argv, file, about, preset, extra=None, tables=()):
         how = dict(action=argparse.BooleanOptionalAction, default=False) if switch else {}
         first.add_argument(flag_of(name), **how)
     known = vars(first.parse_known_args(argv)[0])
-    checkpoint = None
-    if known["resume"] is None:
+    checkpoint = known["resume"] and load_checkpoint(known["resume"], file)
+    if checkpoint:
+        settings = settings_of(checkpoint, preset)
+    else:
         if known["dataset"] is not None:
             known["dataset"] = whole_name(known["dataset"])
         settings = preset(*(known[name] for name in names))
-    else:
-        checkpoint = load_checkpoint(known["resume"], file)
-        settings = settings_of(checkpoint, preset)
     parser = Parser(prog=f"{file}.py", description=about.splitlines()[0], allow_abbrev=False,
                     epilog=f"The flags of --model {settings.model} on {settings.dataset}.")
     add_flags(parser, settings)
@@ -1700,8 +1688,7 @@ class Run:
     def status(self, step):
         """One line, rewritten in place on a terminal; elsewhere a line every half minute."""
         terminal = sys.stderr.isatty()
-        due = terminal or time.time() - self.shown > 30 or step == self.steps
-        if self.main and due:
+        if self.main and (terminal or time.time() - self.shown > 30 or step == self.steps):
             self.shown = time.time()
             each = (self.shown - self.began) / max(step - self.first, 1)
             minutes, seconds = divmod(round(each * (self.steps - step)), 60)
@@ -1764,13 +1751,12 @@ class Run:
         every = [random] * self.world
         if self.world > 1:
             dist.all_gather_object(every, random)
-        optimisers = {k: v.state_dict() for k, v in optimisers_of(self.model).items()}
         if self.main:
             state = dict(
                 file=self.file, settings=dataclasses.asdict(self.settings), step=step,
-                best=self.best, protocol=self.protocol, data=self.data,
-                channels=self.batches.dataset.channels,
-                weights=self.model.state_dict(), optimisers=optimisers, random=every,
+                best=self.best, protocol=self.protocol, data=self.data, random=every,
+                channels=self.batches.dataset.channels, weights=self.model.state_dict(),
+                optimisers={k: v.state_dict() for k, v in optimisers_of(self.model).items()},
                 scaler=self.machine.scaler.state_dict(), batches=self.batches.state_dict(),
                 losses=[dict(step=at, name=k, value=v.item()) for at, k, v in self.losses])
             save_atomic(state, self.folder / name)
@@ -1782,7 +1768,6 @@ class Run:
 
 
 # ---- A table of a paper by one command -----------------------------------------------------------
-
 
 SCORES = ("fid", "fcd", "kl", "mse")  # best.pt has the least of the first that is measured
 
@@ -1834,12 +1819,11 @@ def run_table(argv, file, tables, main):
     waiting = {run["folder"] for run in runs if not is_finished(run, table)}
     lines, text = table_text(name, table, runs, waiting)
     text += ["", *table_notes(table, flags, runs, lines, waiting, missing)]
-    main_rank = from_environment("RANK", "0") == 0
-    if lines and main_rank:
-        save_atomic("\n".join(text) + "\n", folder / "table.md", write_text)
-        numbers = "".join(json.dumps(line) + "\n" for line in lines)
-        save_atomic(numbers, folder / "results.jsonl", write_text)
-    if main_rank:
+    if from_environment("RANK", "0") == 0:
+        if lines:
+            save_atomic("\n".join(text) + "\n", folder / "table.md", write_text)
+            numbers = "".join(json.dumps(line) + "\n" for line in lines)
+            save_atomic(numbers, folder / "results.jsonl", write_text)
         print("\n".join(text))
     return 2 if missing and not lines else 0
 
@@ -1857,6 +1841,7 @@ def table_on(table, dataset):
 def table_runs(file, table, seeds, flags, folder):
     """The runs of a table: for each a dict of row, dataset, seed, flags, folder, command."""
     runs = []
+    after = f"; --resume RUN --probe {table['probe']}" if table.get("probe") else ""
     for row, (own, *_) in table["rows"].items():
         for dataset in dict.fromkeys(c[1] for c in table["columns"]):
             for seed in range(seeds):
@@ -1865,7 +1850,7 @@ def table_runs(file, table, seeds, flags, folder):
                 given = [*own.split(), "--dataset", dataset, *flags, "--seed", str(seed)]
                 runs.append(dict(row=row, dataset=dataset, seed=seed, flags=given,
                                  folder=folder / f"{name.strip('-')}-s{seed}",
-                                 command=" ".join(["python", f"{file}.py", *given[:-1], "S"])))
+                                 command=f"python {file}.py {' '.join(given[:-1])} S{after}"))
     return runs
 
 
@@ -1935,14 +1920,12 @@ def table_text(name, table, runs, waiting):
                 cells[-1] = rounded(line["value"], 4)
                 if "std" in line:
                     cells[-1] += f" ± {rounded(line['std'], 2)} ({line['n_seeds']})"
-                if line["key"] != metric:
+                lines.append(dict(table=name, row=row, metric=heading, published=value) | line)
+                if line["key"] != metric:  # fcd, which is not what was published
                     cells[-1] += f" ({line['key']})"
+                    lines[-1] |= dict(metric=f"{heading} ({line['key']})", published=None)
                 if any(run["folder"] in waiting for run in mine):
                     cells[-1] += " (unfinished)"
-                same = line["key"] == metric  # else fcd, which is not what was published
-                named = heading if same else f"{heading} ({line['key']})"
-                lines.append(dict(table=name, row=row, metric=named,
-                                  published=value if same else None) | line)
         text.append(f"| {' | '.join(cells)} |")
     return lines, text
 
@@ -1976,16 +1959,12 @@ def measured(runs, metric, table, scale=1):
             chosen = min((e for e in done if score in e), key=lambda e: e[score])
             by = f"; at the best {score}"
         seeds.append(run["seed"])
-        command = run["command"]
-        if table.get("probe"):
-            command += f"; --resume RUN --probe {table['probe']}"
-        protocol = chosen.get("protocol") or f"iteration {chosen.get('iteration')}"
+        protocol = (chosen.get("protocol") or f"iteration {chosen.get('iteration')}") + by
         values.append(scale * chosen[metric])
         try:
             about = json.loads((run["folder"] / "config.json").read_text())
-            line = dict(key=metric, command=command, step=chosen.get("step"),
-                        protocol=protocol + by,
-                        machine=about["machine"], revision=about["revision"],
+            line = dict(key=metric, command=run["command"], step=chosen.get("step"),
+                        protocol=protocol, machine=about["machine"], revision=about["revision"],
                         versions={k: about[k] for k in ("python", "torch", "torchvision")},
                         precision=about["precision"])
         except (OSError, ValueError, LookupError, TypeError) as error:
@@ -2035,8 +2014,7 @@ def sheet(dataset):
     if dataset.kind == "points":
         x = oblique(dataset.x)
         reach = 1.05 * float(x.abs().max())
-        box = [-reach, reach, -reach, reach]
-        density = torch.histogramdd(x, [160, 160], range=box).hist
+        density = torch.histogramdd(x, [160, 160], range=[-reach, reach] * 2).hist
         shade = (density / density[density > 0].quantile(0.8)).clamp(max=1)
         shade = shade.T.flip(0)[None, None]  # x to the right, y upwards
         return to_uint8(1 - 2 * F.interpolate(shade, scale_factor=4))[0]

@@ -112,8 +112,7 @@ class Unit(nn.Module):
         """Move the batch norm, a fixed affine map when evaluating, into the convolution."""
         scale = self.bn.weight.double() / (self.bn.running_var.double() + self.bn.eps).sqrt()
         shift = self.bn.bias.double() - self.bn.running_mean.double() * scale
-        weight = self.conv.weight.double() * scale[:, None, None, None]
-        self.conv.weight.data = weight.float()
+        self.conv.weight.data = (self.conv.weight.double() * scale[:, None, None, None]).float()
         self.conv.bias = nn.Parameter(shift.float())
         self.bn = nn.Identity()
 
@@ -240,11 +239,10 @@ def load_inception(weights="auto"):
     weights: "auto" (torch.hub's cache, or a download) or a path. Only tensors are read, and only
     from a file whose sha256 starts with INCEPTION_SHA256. UserError otherwise.
     """
-    state = {k: v for k, v in inception_state(weights).items() if "num_batches" not in k}
     with torch.device("meta"):  # initial weights would take time and the caller's random numbers
         net = Inception()
-    # The file is known by its hash. Strict, batch norm's loader would miss its counters.
-    net.load_state_dict(state, strict=False, assign=True)
+    # The file is known by its hash. Strict, batch norm's loader would mind its counters.
+    net.load_state_dict(inception_state(weights), strict=False, assign=True)
     for module in net.modules():
         if isinstance(module, Unit):
             module.fold()
@@ -352,7 +350,6 @@ class InceptionFeatures:
     @torch.no_grad()
     def __call__(self, images):
         bf16 = torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp == "bf16")
-        float32 = torch.autocast(self.device.type, enabled=False)
         parts = []
         for start in range(0, len(images), 64):  # 64 pictures of 299x299 need some 2 GB
             x = stack_images(images[start : start + 64],
@@ -360,8 +357,8 @@ class InceptionFeatures:
             with full_float32(), bf16:
                 parts.append(self.net(x.contiguous(memory_format=torch.channels_last)).float())
         features = torch.cat(parts)
-        with full_float32(), float32:  # no bias: "logits_unbiased" of the original score
-            return features, features @ self.net.fc.weight.T
+        with full_float32(), torch.autocast(self.device.type, enabled=False):
+            return features, features @ self.net.fc.weight.T  # "logits_unbiased" of the original
 
 
 # ---- Statistics ----------------------------------------------------------------------------------
@@ -671,9 +668,7 @@ def kernel_distance(f1, f2, subsets=100, size=1000, seed=2020):
 
     values = []
     for _ in range(subsets):
-        rows1, rows2 = (torch.randperm(len(f), generator=generator)[:size] for f in (f1, f2))
-        x = f1[rows1.to(f1.device)].double()
-        y = f2[rows2.to(f2.device)].double()
+        x, y = (f[torch.randperm(len(f), generator=generator)[:size]].double() for f in (f1, f2))
         xx = kernel(x, x)
         yy = kernel(y, y)
         # The diagonals pair a sample with itself. Counted, they would bias the estimate upwards.
@@ -865,8 +860,7 @@ def train_classifier(dataset, classes, recipe, device):
     began = time.time()
     # The caller may be in no_grad, inference_mode, or an autocast whose cache keeps old weights.
     alone = torch.autocast(device.type, enabled=False, cache_enabled=False)
-    kept = random_state_kept(recipe["seed"])
-    with kept, torch.inference_mode(False), torch.enable_grad(), alone:
+    with random_state_kept(recipe["seed"]), torch.inference_mode(False), torch.enable_grad(), alone:
         net = build_classifier(recipe, classes).to(device, memory_format=torch.channels_last)
         if li:
             fused = device.type in ("cpu", "cuda")
@@ -1021,8 +1015,7 @@ class Evaluator:
     def _measure_real(self, root):
         if self.classifier:
             self.fixed["classifier_accuracy"] = self.classifier.accuracy
-        for extract in self.extractors:
-            dataset, n = self.reference[extract.metric]
+        for extract, (dataset, n) in zip(self.extractors, self.reference.values()):
             got = real_statistics(dataset, n, self.size, extract, root, self.batch, self.label)
             self.real[extract.metric] = got["moments"]
             if extract.metric == "fcd":
@@ -1051,11 +1044,8 @@ class Evaluator:
         Samples are scored as they would be saved, as uint8. Random numbers start from one seed, and
         the caller's go on undisturbed. ValueError for another shape, NotFinite for NaN.
         """
-        result = {}
-        protocol = []
         with random_state_kept(SEED):
-            if sample:
-                result, protocol = self._score(sample)
+            result, protocol = self._score(sample) if sample else ({}, [])
             if reconstruct:
                 errors = self._reconstruction_errors(reconstruct)
                 result["mse_pm1"] = errors.mean().item()
@@ -1071,10 +1061,8 @@ class Evaluator:
         got = collect(batches, self.extractors, self.samples, ["logits"], self.label)
         result = {metric: self.real[metric].distance(got[metric]["moments"]) for metric in got}
         drawn = f"{self.samples} samples, {self.pixels}"
-        protocol = []
-        for extract in self.extractors:
-            real, n = self.reference[extract.metric]
-            protocol.append(f"{extract.metric}: {extract.name}, {n} {real.split} images vs {drawn}")
+        protocol = [f"{extract.metric}: {extract.name}, {n} {real.split} images vs {drawn}"
+                    for extract, (real, n) in zip(self.extractors, self.reference.values())]
         if "fcd" in got:
             probs = got["fcd"]["logits"].double().softmax(1)
             share = torch.bincount(probs.argmax(1), minlength=probs.shape[1]).double() / len(probs)
@@ -1172,8 +1160,7 @@ def save_panels(path, panels):
     wide = torch.cat([F.pad(p, (4, 4, 20, 4), value=0.88) for p in panels.values()], 2)
     image = Image.fromarray((wide * 255).byte().permute(1, 2, 0).contiguous().numpy())
     for n, title in enumerate(panels):
-        at = (8 + n * wide.shape[2] // len(panels), 4)
-        ImageDraw.Draw(image).text(at, title, fill="black")
+        ImageDraw.Draw(image).text((8 + n * wide.shape[2] // len(panels), 4), title, fill="black")
     save_picture(path, image)
 
 
@@ -1227,16 +1214,15 @@ def draw_samples(model, folder, n, seed=0):
         flat = oblique(points)
         picture = scatter(flat, torch.zeros(n, dtype=torch.long), 1, 1.2 * flat.abs().max())
         save_picture(drawn.with_suffix(".png"), picture)
-        print(f"{n} samples in {drawn}")
-        return
-    for old in drawn.glob("[0-9]*.png"):
-        old.unlink()
-    for start in range(0, n, 250):
-        images = finite(model.sample(min(250, n - start)), "samples")
-        if start == 0:
-            save_grid(drawn.with_suffix(".png"), images[:100])
-        for i, image in enumerate(images, start):
-            save_grid(drawn / f"{i:06d}.png", image)
+    else:
+        for old in drawn.glob("[0-9]*.png"):
+            old.unlink()
+        for start in range(0, n, 250):
+            images = finite(model.sample(min(250, n - start)), "samples")
+            if start == 0:
+                save_grid(drawn.with_suffix(".png"), images[:100])
+            for i, image in enumerate(images, start):
+                save_grid(drawn / f"{i:06d}.png", image)
     print(f"{n} samples in {drawn}")
 
 
@@ -1406,20 +1392,19 @@ def of_array(x):
             if low <= x.min() and x.max() <= high:
                 how = f"save {pixels}.round().clip(0, 255).astype('uint8')"
         raise ValueError(f"{x.dtype} from {x.min():.3g} to {x.max():.3g}, not bytes: {how}")
-    shape = x.shape
-    x = x[:, None] if x.ndim == 3 else x
-    if x.ndim == 4 and x.shape[3] in (1, 3):
-        x = x.transpose(0, 3, 1, 2)
-    if x.ndim != 4 or x.shape[1] not in (1, 3) or not 8 <= x.shape[2] == x.shape[3]:
-        raise ValueError(f"of the shape {shape}, not of square pictures of 8 pixels or more")
-    return torch.tensor(x)
+    y = x[:, None] if x.ndim == 3 else x
+    if y.shape[3] in (1, 3):
+        y = y.transpose(0, 3, 1, 2)
+    if y.shape[1] not in (1, 3) or not 8 <= y.shape[2] == y.shape[3]:
+        raise ValueError(f"of the shape {x.shape}, not of square pictures of 8 pixels or more")
+    return torch.tensor(y)
 
 
 def open_folder(folder, args):
     """The pictures of a folder, or args.n of them. Each is read once now, so that faults show."""
-    for run in (folder, folder.absolute().parent):
+    for run in (folder, folder.parent):
         of_run = (run / "log.jsonl").exists() and (run / "config.json").exists()
-        if of_run and folder.absolute() != run / "drawn":
+        if of_run and folder != run / "drawn":
             raise UserError(f"{folder} has sheets of a run's pictures: draw samples with "
                             f"--sample N --resume {run}, and give {run / 'drawn'}")
     if any(entry.is_dir() and entry.name.lower() == "train" for entry in folder.iterdir()):
@@ -1479,10 +1464,8 @@ def compare(a, b, extract, wanted, args):
     protocol = f"{extract.name}, {a} vs {b}"
     result = {}
     if extract.metric in wanted:
-        if few:
-            result[extract.metric] = frechet_distance_features(f1, f2)
-        else:
-            result[extract.metric] = got_a["moments"].distance(got_b["moments"])
+        result[extract.metric] = (frechet_distance_features(f1, f2) if few
+                                  else got_a["moments"].distance(got_b["moments"]))
     if inception and "kid" in wanted:
         size = min(1000, a.n, b.n)
         subsets = 1 if size == max(a.n, b.n) else 100
@@ -1510,14 +1493,12 @@ def features_for(wanted, sources, name, device, args):
         if a.kind != "dataset" or not is_labelled(a.content) or a.content.stacked:
             raise UserError("--fcd needs a labelled data set as A, for instance mnist:test, or a "
                             f"folder with one of pictures for each class, not {name}")
-        sets = {a.content.split: a.content}
         place = name.removesuffix(f":{a.content.split}")
-        for split in {"train", "test"} - sets.keys():
-            sets[split] = load(place, args.root, args.size, split)
+        [other] = {"train", "test"} - {a.content.split}
+        sets = {a.content.split: a.content, other: load(place, args.root, args.size, other)}
         extractors.append(ClassifierFeatures(**sets, device=device, root=args.root))
     if wanted - {"fcd"}:
-        counted = all(source.kind == "statistics" for source in sources)
-        weights = None if counted else args.weights
+        weights = None if all(source.kind == "statistics" for source in sources) else args.weights
         extractors.append(InceptionFeatures(weights, device, args.flavour, args.amp))
     elif args.flavour != "pytorch-fid" or args.amp or args.weights != "auto":
         raise UserError("--flavour, --amp and --weights are of Inception's features, not --fcd's")
