@@ -13,7 +13,7 @@ it stands, but by Eq. (2) their sum is, up to a constant, Eq. (3):
 
 So training never reconstructs data, and no norm between images blurs them. A generator that sends
 many codes to one image (mode collapse) pays for it in the second term. At the minimum both joint
-distributions are one (Proposition 1). E reads D's features without training them, which keeps it
+distributions are equal (Proposition 1). E reads D's features without training them, which keeps it
 small. (Eqs. (4) and (5) are the same steps for a VAE, and nothing here computes them.)
 
     python aim.py                                      25 Gaussians (Table 2, Fig. 3), offline
@@ -25,7 +25,7 @@ small. (Eqs. (4) and (5) are the same steps for a VAE, and nothing here computes
     python aim.py --dataset celeba --model alice       Fig. 7, in recon/; --lam is its lambda
 
 What to expect of `python aim.py`: all 25 modes, and about 90 % of the samples within 3 sigma of
-one, after three to five minutes on two CPU cores. The first run on MNIST also trains the two
+a mean, after three to five minutes on two CPU cores. The first run on MNIST also trains the two
 classifiers of D10, for some ten minutes.
 """
 
@@ -124,7 +124,7 @@ class Machine:
 #     D_feature(x)    h             (B, 128, 7, 7), (B, 1024, 4, 4), or (B, 200) of points
 #     D_con           critic        h -> (B,); D_feature is `features`
 #     rho_q, rho_p    rho_q, rho_p  (B,) D(x) = D_con(D_feature(x)), and D(x~). The code holds the
-#                                   logits; the losses read them through the sigmoid
+#                                   logits; all losses but Eq. (6)'s apply the sigmoid
 #     mu, sigma^2     mu, log_var   (B, d) each
 #     lambda          lam           1/d (Sec. 5); 1 with Eq. (6)
 #
@@ -137,21 +137,22 @@ class Machine:
 #     6  L_d = -mean log rho_q - mean log(1 - rho_p)
 #     7  L_g = -mean log rho_p
 #     8  L_e = lambda mean L(z, mu, sigma^2), by Eq. (8)
-#     9  L_rec = L_g + L_e, what Eq. (9) leaves to G and E
+#     9  L_rec = L_g + L_e, Eq. (9) for G and E, with line 7 for V
 #    10  D_feature, D_con: a step down L_d
-#    11  G, E: a step down L_rec; L_e reaches G through D_feature, whose weights stay put
+#    11  G, E: a step down L_rec; L_e reaches G through D_feature, but does not move it
 #
 # Algorithm 2: `encode` is mu(x), `reconstruct` is G(mu(x)), `neighbours` is G of z ~ q(z|x).
 #
 # Deviations. No code of AIM's authors is known, so there is no column for it; "-": no switch.
 # no. | paper                      | here, and why                                       | switch
 # D1  | Table 3's G: 3 channels    | as many as the data have; Table 3's D takes 1       | -
-# D2  | silent on E's sigma^2      | E gives log sigma^2, clamped to [-10, 10]: it stays | -
-#     |                            | positive, and 1 / sigma^2 finite                    |
+# D2  | FC (sigma) ends linear     | it gives log sigma^2, clamped to [-10, 10], so that | -
+#     |                            | sigma^2 is positive, and 1 / sigma^2 finite         |
 # D3  | all losses, then updates   | so here; most GAN code asks the moved D for L_g     | -
-# D4  | silent on 2-D training     | ALI's networks, beta1 .8 and batch; PacGAN's 2,500  | --lr ...
-#       samples. Ours: 12 epochs; alpha 5e-4, falling to 0 in the second half; initial weights
-#       spread over the data. With N(0, .02) all kinks of D lie at 0, and it finds modes later.
+# D4  | silent on 2-D training     | ALI's G, D, beta1 .8 and batch; PacGAN's 2,500      | --lr ...
+#       samples. Ours: E's heads (Table 3's without BN); 12 epochs (Swiss rolls 400); alpha 5e-4,
+#       falling to 0 in the second half; initial weights spread over the data. With N(0, .02) all
+#       kinks of D lie at 0, and modes are found later.
 # D5  | Table 3: images in [0, 1]  | in [-1, 1], as all data here; G's last layer and    | -
 #     |                            | D_feature's first convert                           |
 # D6  | Eq. (6): G's gradient      | `aim-fgan` minimises it as printed; it bounds       | --model
@@ -161,21 +162,22 @@ class Machine:
 #     |                            | for points to x itself; G, E: non-saturating loss   |
 # D8  | ALICE: ||x - G(z)||_k^k    | its mean over numbers, k = 2, times lam = 1;        | --k
 #     |                            | `alice-adv`: a D on the pairs (x, x), (x, G(z))     | --lam
-# D9  | silent on BN               | scale 1, shift 0 (of points U(-1, 1)). Statistics:  | -
-#       G's running ones follow the prior's codes alone, since `sample` uses them. AIM's D_feature
-#       meets data and samples in turn, E samples alone; `encode` uses these as they are.
+# D9  | silent on BN               | scale 1, shift 0 (of points U(-1, 1)).              | -
+#       Running statistics: G's follow the prior's codes alone, since `sample` uses them. AIM's
+#       D_feature meets data and samples in turn, AIM's E samples alone, ALI's E data alone.
+#       `encode` uses them as they are.
 # D10 | MNIST is scored by Li et   | `is_li`: by that network, trained anew; `is`: by    | -
 #     | al.'s network (TensorFlow) | the small classifier of metrics.py                  |
-# D11 | silent on paddings         | 1 at stride 2, and as in E of Table 4 below: they   | -
-#     |                            | give the printed 576 = 64 * 3^2 and 512 = 128 * 2^2 |
+# D11 | silent on paddings         | 1 at stride 2, else 0, but 1 at E's 2 x 2 kernel:   | -
+#     |                            | so the printed 576 = 64 * 3^2 and 512 = 128 * 2^2   |
 # D12 | silent on biases before BN | none: BN would undo them                            | -
-# D13 | quotes VEEGAN, Unrolled,   | trained, and PacGAN; losses as in their authors'    | --model
+# D13 | quotes VEEGAN, Unrolled,   | trained, as is PacGAN; losses as in their authors'  | --model
 #     | Table 2's GAN              | code for points. VEEGAN's F: an E with sigma = 1.   |
-#       Packs: of a batch; theirs, of all data. Our GAN of Table 2 is that of Table 1.
+#       A pack's items are of one batch (theirs: of all data). Table 2's GAN is Table 1's here.
 # D14 | quoted rows: own settings  | AIM's, so that rows compare (D4), or their authors' | --authors
-#       on points (ALI's and ALICE's E has noise; G has none beside z; packs are those of D13;
-#       Unrolled GAN's are those of its notebook). On images only ALICE has them, and only its
-#       lambda, k and cycle of codes, and `alice-adv`'s five steps of G; the rest is as for AIM.
+#       on points: ALI's and ALICE's E has noise, no G has any beside z; packs as in D13; Unrolled
+#       GAN as in its notebook. On images only ALICE has such settings: lambda, k, a cycle of
+#       codes, and for `alice-adv` five steps of G; the rest is as for AIM.
 # D15 | silent on the MSE's scale  | `mse`: of pixels in [0, 1]; `mse_pm1`: in [-1, 1]   | -
 # D16 | CelebA: crop's size silent | the central 140 x 140, as IVAAE and WAE have it     | -
 
@@ -185,24 +187,24 @@ MODELS = {  # the systems, and what each changes of AIMConfig
     "aim": {}, "gan": {}, "pacgan": {}, "unrolled": {}, "ali": {},
     "alice": dict(lam=1.0), "alice-adv": dict(lam=1.0),
     "aim-minus": dict(fixed_variance=True),  # Sec. 5.1
-    "aim-fgan": dict(game="fgan", lam=1.0),  # Sec. 4.4: Eq. (6) needs no balance
+    "aim-fgan": dict(game="fgan", lam=1.0),  # Sec. 4.4: lambda = 1 with Eq. (6)
     "veegan": dict(fixed_variance=True),
 }
 TABLE3 = dict(size=28, epochs=400.0, std=0.02)
-TABLE4 = dict(size=64, std=0.02)  # the other values of AIMConfig are those of this table
+TABLE4 = dict(size=64, std=0.02)  # AIMConfig has this table's other values
 POINTS = dict(epochs=12.0, lr=5e-4, decay="linear", beta1=0.8, samples=2500, amp="off")  # D4
-DATASETS = {  # what a data set changes; folders and all others: TABLE4
-    "grid25": POINTS | dict(reach=4.0), "ring8": POINTS,  # reach: the largest coordinate (D4)
+DATASETS = {  # what a data set changes; any other set or folder has TABLE4
+    "grid25": POINTS | dict(reach=4.0), "ring8": POINTS,  # reach: the means' largest coordinate
     "swissroll": POINTS | dict(epochs=400.0), "swissroll3d": POINTS | dict(epochs=400.0),
     "mnist": TABLE3 | dict(samples=50_000), "fashion-mnist": TABLE3 | dict(samples=50_000),
     "cifar10": TABLE4 | dict(samples=50_000),  # Sec. 5.1, as for MNIST
     "digits": TABLE3 | dict(steps=2400, eval_every=800),  # ours: minutes on two cores
     "stacked-digits": TABLE3 | dict(samples=26_000), "stacked-mnist": TABLE3 | dict(samples=26_000),
 }
-STEADY = dict(decay="none", beta1=0.5, lr=1e-3)
-ALIS = dict(decay="none", std=0.02, lr=1e-4)  # beta1, batch, G and D are those of D4
+STEADY = dict(decay="none", beta1=0.5, lr=1e-3)  # Unrolled GAN's, VEEGAN's and ALICE's
+ALIS = dict(decay="none", std=0.02, lr=1e-4)  # and PacGAN's; beta1, batch, G and D: those of D4
 ALICES = STEADY | dict(steps=1600, batch=128, g_steps=5)  # their 100 epochs are of 2,048 points
-AUTHORS = {  # --authors (D14): what they change on points, on images, on one data set
+AUTHORS = {  # --authors (D14): changes on points, on images, or on one data set
     ("pacgan", "points"): ALIS | dict(epochs=400.0),  # fjxmlzn/PacGAN
     ("unrolled", "points"): STEADY | dict(steps=25_000, batch=512, lr_d=1e-4),  # poolio
     ("veegan", "points"): STEADY | dict(steps=100_000, batch=500),  # akashgit/VEEGAN
@@ -210,38 +212,41 @@ AUTHORS = {  # --authors (D14): what they change on points, on images, on one da
     ("alice", "points"): ALICES, ("alice-adv", "points"): ALICES | dict(lam=0.1),  # ChunyuanLI
     ("alice", "images"): {}, ("alice-adv", "images"): dict(lam=0.1, g_steps=5),
     ("alice", "cifar10"): dict(lam=1e-6, k=1.0),  # of its sweep, the cell that Table 1 quotes
-    ("alice", "celeba"): dict(k=1.0),  # both cycles
+    ("alice", "celeba"): dict(k=1.0),
 }
 
 
 @dataclass
 class AIMConfig(Settings):
-    """Every setting of a run. Fields with a text are flags. None: what the table has."""
+    """Every setting of a run, Table 4's by default. Fields with a text are flags. For width and
+    latent None is the table's value."""
 
     model: str = setting("aim", f"the system: {', '.join(MODELS)}", choices=tuple(MODELS))
     dataset: str = setting("grid25", "a name (python data.py --help), or a folder of pictures")
     authors: bool = setting(False, "the system as its own authors have it (D14)",
-                            models=tuple(dict.fromkeys(model for model, _ in AUTHORS)))
+                            models={model for model, _ in AUTHORS})
     size: int | None = setting(None, "pixels: 28, with Table 3's networks, or 64, Table 4's", int)
-    width: int | None = setting(None, "channels of D's first layer; of points, G's layers", int, 2)
+    width: int | None = setting(None, "channels of D's first layer; of points, G's units", int, 2)
     latent: int | None = setting(None, "d, the numbers of a code", int, 1)
-    batch: int = setting(100, "items a step and rank (Tables 3 and 4)", least=2)
-    epochs: float = setting(300.0, "length, where --steps is not given (Table 4)", least=1e-9)
-    lr: float = setting(2e-4, "alpha (Tables 3 and 4)", least=0)
+    batch: int = setting(100, "items a step and rank (Tables 3 and 4: 100)", least=2)
+    epochs: float = setting(300.0, "length, where --steps is not given (Table 3: 400; 4: 300)",
+                            least=1e-9)
+    lr: float = setting(2e-4, "alpha (Tables 3 and 4: 2e-4; D4)", least=0)
     lr_d: float | None = setting(None, "alpha of D, if not --lr", float, 0, models=("unrolled",))
     decay: str = setting("sqrt", "of alpha: sqrt, alpha / root epoch (Tables 3 and 4); linear, to "
                          "0 in the second half (D4); none", choices=("sqrt", "linear", "none"))
-    beta1: float = setting(0.5, "Adam's beta1 (Tables 3 and 4)", least=0, most=0.999)
+    beta1: float = setting(0.5, "Adam's beta1 (Tables 3 and 4: 0.5; D4)", least=0, most=0.999)
     beta2: float = setting(0.999)  # Adam's own (paper silent)
-    std: float | None = setting(None, "initial weights N(0, std), biases 0 (Tables 3 and 4); of "
-                                      "points else spread over the data (D4)", float, 1e-6)
-    lam: float | None = setting(None, "weight of L_e, 1/d (Sec. 5); of ALICE's cycle (D8)", float,
-                                0, models=("aim", "aim-minus", "aim-fgan", "alice", "alice-adv"))
+    std: float | None = setting(None, "initial weights N(0, std), biases 0 (Tables 3 and 4: 0.02); "
+                                      "points without it: spread over the data (D4)", float, 1e-6)
+    lam: float | None = setting(None, "weight of L_e: 1/d (Sec. 5), with Eq. (6) 1; of ALICE's "
+                                "cycle (D8)", float, 0,
+                                models=("aim", "aim-minus", "aim-fgan", "alice", "alice-adv"))
     k: float = setting(2.0, "k of ALICE's cycle |x - G(z)|^k (D8)", least=1, models=("alice",))
     pack: int = setting(4, "m, the items that D judges together", least=1, models=("pacgan",))
     unroll: int = setting(5, "K, the steps of D that G foresees", least=0, models=("unrolled",))
-    g_steps: int = setting(1)  # steps of G and E for one of D
-    game: str = setting("gan", choices=("gan", "fgan"))  # Eq. (7) or Eq. (6)
+    g_steps: int = setting(1)  # of ALI, ALICE: steps of G and E for one of D (D14)
+    game: str = setting("gan", choices=("gan", "fgan"))  # of AIM: Eq. (7) or Eq. (6)
     fixed_variance: bool = setting(False)  # AIM-, VEEGAN: sigma = 1
     reach: float = setting(1.0)  # the extent of the points (D4)
 
@@ -270,7 +275,7 @@ class PointsConfig(AIMConfig):
 def preset(model=None, dataset=None, authors=False):
     """The paper's values, then what the data set, the system and its own `authors` change.
 
-    Raises UserError for a system there is not, and for one without settings of its authors.
+    Raises UserError for an unknown system, and for one without settings of its authors.
     """
     model = model or "aim"
     dataset = dataset or "grid25"
@@ -295,9 +300,10 @@ UP = nn.ConvTranspose2d
 
 
 def rows(*specs, slope=0.2):
-    """The layers that rows of a table print, in its own columns. What is no row stands as it is.
+    """Layers for rows of a table. A spec that is a module already is taken as it is.
 
-    Operation, inputs, outputs, kernel, stride, padding, BN?, nonlinearity; FC rows are shorter.
+    A row: operation, inputs, outputs, kernel, stride, padding (D11), BN?, nonlinearity; an FC row
+    has no kernel, stride and padding. No bias before BN (D12).
     """
     layers = []
     for spec in specs:
@@ -338,7 +344,7 @@ class Affine(nn.Module):
 
 
 class PairCritic(nn.Module):
-    """ALI's D: (x, z) -> logits (B,). z joins D_feature's output (D7)."""
+    """ALI's D: (x, z) -> logits (B,), float32. z joins D_feature(x), of points x itself (D7)."""
 
     def __init__(self, features, critic):
         super().__init__()
@@ -368,7 +374,10 @@ class Encoder(nn.Module):
 
 
 class ImplicitEncoder(nn.Module):
-    """E of points x (B, c) and as much noise: mu is a draw of q(z|x) already, sigma is 0."""
+    """E of points x (B, c) and as much noise -> z, log_var, (B, d) each, float32 (D14).
+
+    z is a draw of q(z|x) already, so log_var is -inf: sigma is 0.
+    """
 
     def __init__(self, network):
         super().__init__()
@@ -381,7 +390,8 @@ class ImplicitEncoder(nn.Module):
 
 class Networks:
     """The networks of a table, as printed, at any w (channels of D's first layer), d (numbers of
-    a code), c (channels of x)."""
+    a code), c (channels of x). A table has these three, the slope of its leaky ReLU, and
+    `numbers`, how many D_feature(x) has, in w."""
 
     def __init__(self, width=None, latent=None, channels=None):
         self.w = width or self.w
@@ -390,11 +400,11 @@ class Networks:
 
     def fc_critic(self, n):
         """D_con of Table 3 on n numbers -> logits (B,)."""
-        w = 64 * self.w // type(self).w  # the table's 64, also where Table 4's ALI has this D_con
+        w = 64 * self.w // type(self).w  # 64, as printed, at Table 4's own width too (its ALI)
         return rows(nn.Flatten(), (FC, n, 16 * w, "BN", "Leaky"), (FC, 16 * w, w, "", ""),
                     (FC, w, 1, "", ""), nn.Flatten(0), slope=self.slope)
 
-    def whole_critic(self, channels):  # D, of x with so many channels
+    def whole_critic(self, channels):  # D: x with so many channels -> logits (B,)
         return nn.Sequential(self.features(channels), self.critic())
 
     def pair_critic(self):  # ALI's D (D7)
@@ -407,7 +417,7 @@ class Networks:
         return nn.Sequential(self.features(), self.encoder(fixed_variance))
 
     def encoder_on(self, trunk, n, fixed_variance, norm="BN"):
-        """E: on the n numbers of `trunk`, the tables' FC (mu) and FC (sigma)."""
+        """E: `trunk` gives n numbers; on them the tables' FC (mu) and FC (sigma)."""
         half = self.w // 2
         heads = [rows((FC, n, half, norm, "Leaky"), (FC, half, self.d, "", ""), slope=self.slope)
                  for _ in range(1 if fixed_variance else 2)]
@@ -482,9 +492,9 @@ class Table4(Networks):
 
 
 class Points(Networks):
-    """For points, ALI's G, of layers of w, and D; E's heads as in Table 3, without BN (D4).
+    """For points (D4): G, of layers of w, and D are ALI's; E's heads are Table 3's, without BN.
 
-    reach: the extent of the points, which the initial weights are fitted to.
+    reach: the extent of the points, to which the initial weights are fitted.
     """
     w = 400
     d = 2
@@ -502,7 +512,7 @@ class Points(Networks):
     def features(self, channels=None):  # (B, c) -> (B, w / 2)
         half = self.w // 2
         features = rows(Maxout(channels or self.c, half), Maxout(half, half))
-        features[0].linear.bias.data *= self.reach  # the kinks of D's maxouts too
+        features[0].linear.bias.data *= self.reach  # so do the kinks of D's maxouts
         return features
 
     def critic(self):  # (B, w / 2) -> (B,)
@@ -517,14 +527,14 @@ class Points(Networks):
 
     def encoder(self, fixed_variance=False):  # (B, w / 2) -> (B, d) twice
         E = self.encoder_on(nn.Identity(), self.w // 2, fixed_variance, norm="")
-        if not fixed_variance:  # sigma starts at 1: if small, 1 / sigma^2 throws G about at first
+        if not fixed_variance:  # sigma starts at 1: a small one would throw G about at first
             nn.init.zeros_(E.log_var[-1].weight)
             nn.init.zeros_(E.log_var[-1].bias)
         return E
 
 
 class ALIPoints(Points):
-    """ALI's authors', with an implicit E (D14)."""
+    """ALI's authors' networks: `Points`, but with an implicit E (D14)."""
 
     def own_encoder(self, fixed_variance):
         return ImplicitEncoder(rows((FC, 2 * self.c, self.w, "BN", "ReLU"),
@@ -533,7 +543,7 @@ class ALIPoints(Points):
 
 
 class Perceptrons(Points):
-    """Of other authors (D14): two hidden layers of w, in D `hidden_of_d`; `initial` fills them."""
+    """Other authors' networks (D14): two hidden layers of w, `hidden_of_d` in D."""
 
     def __init__(self, width, latent, channels, w, d, hidden_of_d=2, nonlinearity="ReLU",
                  initial=nn.init.xavier_uniform_, implicit=False):
@@ -543,7 +553,7 @@ class Perceptrons(Points):
         self.initial = initial
         self.implicit = implicit
 
-    def perceptron(self, n_in, n_out, hidden=2):
+    def perceptron(self, n_in, n_out, hidden=2):  # (B, n_in) -> (B, n_out)
         inputs = [n_in, *[self.w] * (hidden - 1)]
         network = rows(*((FC, n, self.w, "", self.nonlinearity) for n in inputs),
                        (FC, self.w, n_out, "", ""))
@@ -567,20 +577,23 @@ class Perceptrons(Points):
         return Encoder(nn.Identity(), self.perceptron(self.c, self.d))
 
 
-NETWORKS = {  # by size; those of a system's authors on points, with their numbers, by its name
+NETWORKS = {  # by size (None: points); with --authors on points, by the system's name
     None: Points, 28: Table3, 64: Table4, "pacgan": Points, "ali": ALIPoints,
     "unrolled": functools.partial(Perceptrons, w=128, d=256, nonlinearity="Tanh",
                                   initial=functools.partial(nn.init.orthogonal_, gain=1.4)),
     "veegan": functools.partial(Perceptrons, w=128, d=254, hidden_of_d=1),
-    "alice": functools.partial(Perceptrons, w=256, d=2, implicit=True),
+    **dict.fromkeys(("alice", "alice-adv"),
+                    functools.partial(Perceptrons, w=256, d=2, implicit=True)),
 }
-NETWORKS["alice-adv"] = NETWORKS["alice"]
 
 
 def networks_of(config, channels=None):
-    """The Networks for `config.size`, and for the channels of the data (None: as printed)."""
-    own = config.authors and config.size is None
-    make = NETWORKS[config.model if own else config.size](config.width, config.latent, channels)
+    """The Networks for `config.size`, or of a system's authors on points (D14).
+
+    channels: of the data; None: as the table has it.
+    """
+    key = config.model if config.authors and config.size is None else config.size
+    make = NETWORKS[key](config.width, config.latent, channels)
     make.reach = config.reach
     return make
 
@@ -588,7 +601,7 @@ def networks_of(config, channels=None):
 def initialise(model, std):
     """Tables 3 and 4: weights N(0, std), biases 0; BN stays at scale 1, shift 0 (D9).
 
-    std None, of points: FC layers stay as torch and `Points` made them, BN's shifts vary (D4).
+    std None, only for points: weights stay as they were made, BN's shifts are U(-1, 1) (D4, D9).
     """
     for module in model.modules():
         if std is None and isinstance(module, nn.BatchNorm1d):
@@ -599,8 +612,9 @@ def initialise(model, std):
                 nn.init.zeros_(module.bias)
 
 
-# ---- Losses: scalars to be minimised, in nats ----------------------------------------------------
-# D's outputs are logits (B,): -log sigmoid(v) = softplus(-v), -log(1 - sigmoid(v)) = softplus(v).
+# ---- Losses, to be minimised ---------------------------------------------------------------------
+# Scalars, but posterior_nll (B,); in nats, but cycle_loss. D's outputs are logits v (B,):
+# -log sigmoid(v) = softplus(-v), -log(1 - sigmoid(v)) = softplus(v).
 
 
 def gan_loss_of_d(real, fake):
@@ -633,7 +647,7 @@ def posterior_nll(z, mu, log_var):
 
 
 def joint_loss(real, fake):
-    """ALI's loss of G and E: the pairs (x, E(x)) and (G(z), z) shall be taken for each other."""
+    """ALI's loss of G and E, of D's logits (B,): each kind of pair shall look like the other."""
     return F.softplus(real).mean() + F.softplus(-fake).mean()
 
 
@@ -643,7 +657,10 @@ def cycle_loss(x, x_hat, k=2):
 
 
 def adam_step(weights, gradients, moments, t, lr, betas, eps=1e-8):
-    """Step t = 1, 2, ... of torch's Adam, differentiable: -> new weights, new moments (m, v)."""
+    """Step t = 1, 2, ... of torch's Adam, differentiable: -> new weights, new moments.
+
+    Lists with an item for each weight; a moment is (m, v).
+    """
     moments = [(m.lerp(g, 1 - betas[0]), v.lerp(g.square(), 1 - betas[1]))
                for g, (m, v) in zip(gradients, moments)]
     new = []
@@ -689,11 +706,11 @@ class GAN(nn.Module):
         return nn.ModuleList([self.features, self.critic]), self.G
 
     def begin_step(self):
-        """Sets the learning rates of this iteration."""
-        c = self.config
-        lr_d = c.lr if c.lr_d is None else c.lr_d
-        for optimiser, alpha in ((self.optimiser_d, lr_d), (self.optimiser_g, c.lr)):
-            optimiser.param_groups[0]["lr"] = self.decayed(alpha)
+        """Sets the learning rates of this iteration, and counts it."""
+        lr = self.config.lr
+        lr_d = lr if self.config.lr_d is None else self.config.lr_d
+        self.optimiser_d.param_groups[0]["lr"] = self.decayed(lr_d)
+        self.optimiser_g.param_groups[0]["lr"] = self.decayed(lr)
         self.iteration += 1
 
     def decayed(self, alpha):
@@ -709,7 +726,7 @@ class GAN(nn.Module):
         return torch.randn(n, self.latent, device=self.machine.device)
 
     def judge(self, x):
-        """D's logits (B,) of data x."""
+        """D's logits (B,) of data x, or of packs of them."""
         return self.critic(self.features(x)).float()
 
     def play(self, x):
@@ -718,7 +735,7 @@ class GAN(nn.Module):
         return self.judge(x), self.judge(x_tilde)
 
     def step(self, x):
-        """Algorithm 1 without lines 3 and 8. Returns d: L_d, and g: L_g."""
+        """Algorithm 1 without E, so without lines 3, 8 and 9. Returns d: L_d, and g: L_g."""
         self.begin_step()
         with self.machine.autocast():
             rho_q, rho_p = self.play(x)
@@ -728,7 +745,7 @@ class GAN(nn.Module):
         return {"d": loss_d.detach(), "g": loss_g.detach()}
 
     def decode(self, z):
-        """Codes (n, d) -> data (n, ...)."""
+        """Codes (n, d) on any device -> data (n, ...) in [-1, 1], or points; float32."""
         with self.machine.inference(self):
             return self.G(z.to(self.machine.device)).float()
 
@@ -756,7 +773,7 @@ class PacGAN(GAN):
 
 
 class UnrolledGAN(GAN):
-    """Unrolled GAN (Metz et al., 2017): G plays against D as K steps of Adam would make it.
+    """Unrolled GAN (Metz et al., 2017): G plays against the D that K steps of Adam would reach.
 
     K = 0 is the GAN but for G's loss: G maximises all of L_d, as in its authors' 2-D experiment.
     Of several ranks each foresees D's steps on its own batch.
@@ -767,7 +784,7 @@ class UnrolledGAN(GAN):
         self.begin_step()
         D = nn.Sequential(self.features, self.critic)
         names, weights = zip(*D.named_parameters())
-        adam = self.optimiser_d.param_groups[0]
+        group = self.optimiser_d.param_groups[0]
         moments = [[self.optimiser_d.state[w].get(name, torch.zeros_like(w))
                     for name in ("exp_avg", "exp_avg_sq")] for w in weights]
 
@@ -782,7 +799,7 @@ class UnrolledGAN(GAN):
         for k in range(self.config.unroll):  # D's next step is Adam's `iteration`-th
             gradients = torch.autograd.grad(unrolled, weights, create_graph=True)
             weights, moments = adam_step(weights, gradients, moments, self.iteration + k,
-                                         adam["lr"], adam["betas"])
+                                         group["lr"], group["betas"])
             unrolled = loss_at(weights)
         self.machine.descend_together((self.optimiser_d, loss_d), (self.optimiser_g, -unrolled))
         return {"d": loss_d.detach(), "g": -unrolled.detach()}
@@ -798,7 +815,7 @@ class AIM(GAN):
 
     @property
     def lam(self):
-        """lambda: 1/d (Sec. 5) where the settings leave it to the paper."""
+        """lambda: that of the settings, else 1/d (Sec. 5)."""
         return 1 / self.latent if self.config.lam is None else self.config.lam
 
     def step(self, x):
@@ -821,11 +838,12 @@ class AIM(GAN):
         self.machine.descend_together((self.optimiser_d, loss_d), (self.optimiser_g, loss_rec))
         return {"d": loss_d.detach(), "g": loss_g.detach(), "e": loss_e.detach()}
 
-    def code_distribution(self, x):
+    def code_distribution(self, x):  # mu, log_var of q(z|x), (n, d) each
         return self.E(self.features(x))
 
     def posterior(self, x):
-        """Mean and standard deviation of q(z|x), (n, d) each (Algorithm 2)."""
+        """Mean and standard deviation of q(z|x), (n, d) each (Algorithm 2). Of an implicit E (D14):
+        a draw, and 0."""
         with self.machine.inference(self):
             mu, log_var = self.code_distribution(x.to(self.machine.device))
         return mu, torch.exp(log_var / 2)
@@ -839,7 +857,7 @@ class AIM(GAN):
         return self.decode(self.encode(x))
 
     def neighbours(self, x, m):
-        """Algorithm 2: for each x, m data of codes drawn from q(z|x), (n, ...) -> (n, m, ...)."""
+        """Algorithm 2: for each x, m codes from q(z|x), decoded: (n, ...) -> (n, m, ...)."""
         mu, sigma = self.posterior(x.repeat_interleave(m, 0))
         z = mu + sigma * torch.randn_like(mu)  # (n m, d)
         return self.decode(z).unflatten(0, (len(x), m))
@@ -870,7 +888,7 @@ class ALI(AIM):
         return mu + torch.exp(log_var / 2) * torch.randn_like(mu)
 
     def losses(self, x):
-        """The loss of D, and the parts {name: part} of that of G and E."""
+        """The loss of D, and the parts {name: part} of that of G and E. g: of the game."""
         *_, real, fake = self.pairs(x)
         return gan_loss_of_d(real, fake), {"g": joint_loss(real, fake)}
 
@@ -902,7 +920,7 @@ class ALICE(ALI):
     """ALICE: G(z_hat) must return x (D8). With `authors`, E(G(z)) must also return z (D14)."""
 
     def losses(self, x):
-        """ALI's, and cycle: what G and E pay for the cycles."""
+        """ALI's, and cycle: what G and E pay for the cycles. Learnt ones add to D's loss, too."""
         z, x_tilde, z_hat, real, fake = self.pairs(x)
         x_hat = self.machine.without_running_stats(self.G, z_hat)  # D9
         cycle_d, cycle_g = self.cycle("D_cycle", x, x_hat)
@@ -919,12 +937,13 @@ class ALICE(ALI):
 
 
 class ALICEAdversarial(ALICE):
-    """ALICE whose cycles are learnt: a D of its own tells (x, x) from (x, G(z)) (D8)."""
+    """ALICE whose cycles are learnt: a D of its own tells (x, x) from (x, G(z_hat)) (D8). With
+    `authors` another one does so for codes (D14)."""
 
     def make_networks(self, make):
         D, of_g = super().make_networks(make)
-        of_d = nn.ModuleList([D, make.whole_critic(2 * make.c)])
-        self.D_cycle = of_d[1]
+        self.D_cycle = make.whole_critic(2 * make.c)
+        of_d = nn.ModuleList([D, self.D_cycle])
         if self.config.authors:
             self.D_code = make.code_critic()
             of_d.append(self.D_code)
@@ -943,7 +962,7 @@ CLASSES = {"aim": AIM, "aim-minus": AIM, "aim-fgan": AIM, "gan": GAN, "pacgan": 
 
 
 def build(config, machine=None, channels=None, steps=None, steps_per_epoch=None):
-    """The system that `config.model` names, as GAN takes it. To add one: MODELS and CLASSES."""
+    """The system `config.model`, with GAN's arguments. To add one: MODELS and CLASSES."""
     return CLASSES[config.model](config, machine, channels, steps, steps_per_epoch)
 
 
@@ -957,7 +976,6 @@ def figures_points(model, folder, step, x, y, classes):
     def plot(points, labels):
         return scatter(data.oblique(points), labels, classes, reach)
 
-    centres = torch.stack([x[y == i].mean(0) for i in range(classes)])
     panels = {"data": plot(x, y)}
     if model.E is not None:
         if model.latent == 2:
@@ -965,13 +983,15 @@ def figures_points(model, folder, step, x, y, classes):
         panels["reconstructions"] = plot(model.reconstruct(x), y)
         save_picture(folder / f"recon/{step:06d}.png", panels["reconstructions"])
     points = model.decode(fixed_noise(len(x), model.latent)).cpu()
-    panels["samples"] = plot(points, torch.cdist(points, centres).argmin(1))  # the component's hue
+    centres = torch.stack([x[y == i].mean(0) for i in range(classes)])
+    panels["samples"] = plot(points, torch.cdist(points, centres).argmin(1))  # by nearest mean
     save_picture(folder / f"samples/{step:06d}.png", panels["samples"])
     save_panels(folder / f"figures/panels-{step:06d}.png", panels)
 
 
 def figures_images(model, folder, step, x, y, classes):
-    """The pictures of one evaluation, of test images x (n, C, S, S) with labels y (n,) or None."""
+    """The pictures of one evaluation, of test images x (n, C, S, S) on the CPU, with labels y (n,)
+    or None. `folder` is a run's."""
     samples = model.decode(fixed_noise(100, model.latent))
     save_grid(folder / f"samples/{step:06d}.png", samples)  # Fig. 10
     if not (folder / "figures/real.png").exists():
@@ -979,9 +999,9 @@ def figures_images(model, folder, step, x, y, classes):
     if model.E is None:
         return
     mu = model.encode(x[:100])
-    pairs = torch.stack([x[:50].cpu(), model.decode(mu[:50]).cpu()], 1).flatten(0, 1)
+    pairs = torch.stack([x[:50], model.decode(mu[:50]).cpu()], 1).flatten(0, 1)
     save_grid(folder / f"recon/{step:06d}.png", pairs)  # Figs. 2, 6: image, reconstruction, ...
-    ten = x[:10].cpu()
+    ten = x[:10]
     near = torch.cat([ten[:, None], model.neighbours(ten, 9).cpu()], 1).flatten(0, 1)
     save_grid(folder / f"figures/neighbours-{step:06d}.png", near)  # Figs. 5 and 9
     z = mu[:1].cpu().repeat(model.latent, 10, 1)  # (d, 10, d): row i varies number i (Sec. 5.4)
@@ -993,15 +1013,15 @@ def figures_images(model, folder, step, x, y, classes):
         ramp = torch.linspace(-2, 2, 20)
         lattice = torch.stack(torch.meshgrid(ramp, -ramp, indexing="xy"), -1).flatten(0, 1)
         save_grid(folder / f"figures/manifold-{step:06d}.png", model.decode(lattice), 20)
-    if model.latent == 2 and y is not None:
-        codes = torch.cat([model.encode(part) for part in x.split(250)])
-        panel = {"codes, 3.5 sigma": scatter(codes, y, classes, 3.5)}
-        save_panels(folder / f"figures/codes-{step:06d}.png", panel)
+        if y is not None:
+            codes = torch.cat([model.encode(part) for part in x.split(250)])
+            panel = {"codes, 3.5 sigma": scatter(codes, y, classes, 3.5)}
+            save_panels(folder / f"figures/codes-{step:06d}.png", panel)
 
 
 # ==================================================================================================
-# The paper's tables. A column: (heading, data set, metric). A row: the flags of a system, then the
-# published value of each column (None: the paper prints none).
+# The paper's tables, and PacGAN's ring. A column: (heading, data set, metric). A row: the flags of
+# a system, then the published value of each column (None: not printed, or for other settings).
 # ==================================================================================================
 
 TABLES = {
@@ -1025,7 +1045,7 @@ TABLES = {
               "VEEGAN": ("--model veegan", 24.6, 40),
               "VEEGAN (own settings)": ("--model veegan --authors", 24.6, 40),
               "AIM": ("--model aim", 25, 81.1),
-              # PacGAN's authors measured these by the same protocol, at far better numbers.
+              # PacGAN's authors measured GAN and ALI by this protocol, and found far better ones.
               "GAN (published by PacGAN)": ("--model gan", 17.3, 94.8),
               "ALI (published by PacGAN)": ("--model ali", 24.1, 95.7),
               "PacGAN2": ("--model pacgan --pack 2", 23.8, 91.3),
@@ -1055,11 +1075,13 @@ TABLES = {
 
 
 def point_metrics(model, test_set, samples):
-    """Metrics of points, as metrics.Evaluator has them of images: a dict, with their protocol.
+    """Metrics of points (Sec. 5.3), as metrics.Evaluator has them of images. -> a dict.
 
     modes, high_quality   of a mixture: the means hit, and the share of samples within 3 std
     mse                   with an encoder: of the reconstructed test points
     same_mode             with both: the share of those that stay nearest to the same mean
+
+    Their `protocol` counts the samples and the test points.
     """
     result = {}
     protocol = []
@@ -1083,7 +1105,10 @@ def point_metrics(model, test_set, samples):
 
 
 def make_evaluator(config, machine, train_set, test_set):
-    """A function model -> metrics, as `config` asks for them."""
+    """A function model -> metrics, as `config` asks for them.
+
+    Raises UserError for too few samples or test images.
+    """
     samples = config.samples or 10_000
     if config.size is None:
         return lambda model: point_metrics(model, test_set, samples)
@@ -1106,14 +1131,14 @@ def evaluate(model, evaluator, folder, step, test, classes):
     with data.random_state_kept(0):  # all evaluations' pictures have the same noise
         figures(model, folder, step, *test, classes)
         result = evaluator(model)
-        drawn = model.E is None or isinstance(model.E, ImplicitEncoder)  # no sigma of its own
-        if not drawn and not model.config.fixed_variance:
+        no_sigma = model.E is None or isinstance(model.E, ImplicitEncoder)
+        if not no_sigma and not model.config.fixed_variance:
             result["sigma"] = model.posterior(test[0][:100])[1].mean().item()
     return result | {"eval_s": round(time.time() - began, 1)}
 
 
 def score_of(result):
-    """best.pt has the least of this: points' -(modes + quality); else fid, fcd, kl or mse."""
+    """best.pt has the least of this: -(modes + quality), or fid, fcd, kl, mse, the first there."""
     if "high_quality" in result:
         return -result["modes"] - result["high_quality"]
     return metrics.best_first(result, data.SCORES)
@@ -1130,7 +1155,7 @@ def train(config, machine, folder, checkpoint=None):
     steps = config.steps or math.ceil(config.epochs * batches.steps_per_epoch)
     if checkpoint and not run.other_data:
         steps = max(steps, checkpoint["step"])
-    # Ours: twelve evaluations, or every 10 epochs.
+    # Ours: at least twelve evaluations, and one every 10 epochs.
     eval_every = config.eval_every or max(1, min(10 * batches.steps_per_epoch, steps // 12))
     torch.manual_seed(config.seed)  # every rank builds the same networks
     model = build(config, machine, train_set.channels, steps, batches.steps_per_epoch)
@@ -1175,7 +1200,7 @@ def train(config, machine, folder, checkpoint=None):
 
 @data.random_state_kept()
 def main(argv=None):
-    """The command line; returns the exit code."""
+    """The command line; returns the exit code. Raises what data.run_command makes a sentence."""
     if data.asks_for_table(argv):
         return data.run_table(argv, FILE, TABLES, main)
     args, config, checkpoint = data.parse(argv, FILE, __doc__, preset, tables=TABLES)

@@ -11,9 +11,9 @@ A Part, the imports and the class Machine are all that training takes beside dat
 IVGAN. A GAN's Jensen-Shannon divergence is flat while real and generated images do not overlap.
 IVGAN encodes a real image, w = E(x), replaces one of k blocks of w by Gaussian noise (an
 intervention O_i, which leaves N(0, I) as it is), and decodes G(O_i(w)). A classifier f must name
-the replaced block. If E(x) were N(0, I) no classifier could: so E and G are trained to fool f. What
-they descend is, up to a constant, a k-way JS divergence (Theorem 3), of distributions that do
-overlap (Example 1, Fig. 2: squares moved by a; L_IV is (1 + a) log 2, not as printed).
+the replaced block. If E(x) were N(0, I) no classifier could: so E and G are trained to fool f. At
+the best f the L_IV they descend is a k-way JS divergence less log k (Theorem 3), of distributions
+that do overlap. (Example 1, Fig. 2: squares moved by a have the JS (1 + a) log 2, not as printed.)
 
 IVAAE. An adversarial auto-encoder matches its codes E(x) to N(0, I) by a GAN on codes, whose two
 distributions may overlap little. IVAAE puts bridges between them: T_k replaces ever more of the
@@ -37,7 +37,6 @@ import dataclasses
 import json
 import math
 import os
-import pathlib
 import signal
 import sys
 import time
@@ -140,34 +139,38 @@ class Machine:
 # | D1  | "i = 1..d/k"; i_j per sample | one i for the batch   | i in 1..k, per sample  |          |
 #         With k blocks there are k interventions, and f has k classes.
 # | D2  | BN after D's first layer     | none there            | as the paper           | --d-norm |
-#         WGAN-GP's own paper has no BN in D ("none"), but Sec. 5 wants one architecture for all.
-#         With it, LSGAN and PacDCGAN (width 8) make grey pictures of stacked MNIST, which count as
-#         one mode of 1,000; without it LSGAN has 940 (assets/RESULTS.md).
+#         WGAN-GP's own paper has no BN in D ("none"), nor has the code's script for STL-10; but
+#         Sec. 5 wants one D for all. With the first BN LSGAN and PacDCGAN (width 8) make grey
+#         pictures of stacked MNIST, which count as 1 and 2 modes of 1,000; without it LSGAN has 940
+#         (assets/RESULTS.md).
 # | D3  | E maximises f's loss         | minimises it alone    | as the paper           | --e-sign |
-#         Lines 15, 17 print "+ alpha": read literally, G and E ascend and help f, as the code's E.
+#         Lines 15, 17 print "+ alpha": read literally, G and E ascend and help f, as E does in the
+#         code.
 # | D4  | "number of inner iteration"  | ten steps of E        | one step of each       | --e-steps|
-# | D5  | l1 norm in Eq. (6)           |                       | mean absolute error    |          |
+#         The code's ten steps share one i and one noise; here each further step draws its own.
+# | D5  | l1 norm in Eq. (6)           | mean (L1Loss)         | mean absolute error    |          |
 #         A sum over 12,288 pixels would drown the other terms.
-# | D6  | Eq. (6): O_i(z), z ~ p_z     |                       | z = E(x)               |          |
+# | D6  | Eq. (6): O_i(z), z ~ p_z     | z = E(x)              | z = E(x)               |          |
 #         For z ~ p_z Theorem 4 says nothing: all O_i(z) are N(0, I). x_i serves Eqs. (3) and (6).
 # | D7  | noise, decayed, very early   | deviation by epoch    | by share of the run    |          |
-#         On what D judges (not f's images), in the IV models only. On `digits` (ours) all systems
-#         have noise of deviation .2, to the end.
+#         On what D judges, not on f's images; in the IV models only; by the code's schedules for
+#         CIFAR-10, whatever the data. On `digits` (ours) all systems have .2, to the end.
 # | D8  | Adam 1e-4, for E 5e-3        | CIFAR-10: 2e-4, 1e-2  | as the paper           | --lr ... |
-#         There the code's E has width 16 and a weight decay of 5e-4. On `digits` (ours) 1.5e-3 (not
-#         where a system has a rate of its own) and beta2 .99 (WGAN-GP: .9), and all rates fall to 0
-#         in the second half of the run (--decay).
+#         There the code's E has width 16 and a weight decay of 5e-4. On `digits` (ours) the rate is
+#         1.5e-3 where a system has none of its own, and beta2 .99 (WGAN-GP: .9). All rates fall
+#         to 0 there in the second half of the run (--decay).
 # | D9  | MRGAN: only named            | last sign reversed    | - mu log D(G(E(x)))    |          |
 #         All four weights are .25, as in the code. For the baselines the paper takes the best of
 #         several settings, not printed: DCGAN, LSGAN and MRGAN have IVGAN's here.
-# | D10 | WGAN, WGAN-GP: only named    |                       | their papers' settings |          |
+# | D10 | WGAN, WGAN-GP: only named    | WGAN-GP: beta1 .5     | their papers' settings |          |
 #         G moves every fifth step, so that each step of D sees a fresh batch.
 # | D11 | alpha / 2n in line 10        | sum of two means      | mean over 2n images    |          |
-#         WGAN keeps the plain sum: WGAN-GP's penalty weight 10 belongs to it.
+#         WGAN and WGAN-GP keep the sum, to which the penalty's weight 10 belongs. LSGAN's G has its
+#         paper's 1/2, the code none. So beside L_adv the other terms weigh twice as much as there.
 # | D12 | BN's running statistics: silent | follow all batches | G's follow z, E's x    |          |
 #         E's rate is 50 times G's: each evaluation takes E's statistics anew from training images.
 #
-# The first rows of Table 3 are copied from other papers. "Source" is PacGAN's code, except in D23
+# Table 3's first four rows are copied from other papers. "Source" is PacGAN's code, except in D23
 # (Unrolled GAN, by an author of VEEGAN) and in D24 (VEEGAN's paper, and that author's ALI).
 # |     | source                       | here                                           | switch   |
 # |-----|------------------------------|------------------------------------------------|----------|
@@ -175,16 +178,16 @@ class Machine:
 #         The source has no f, no E: f is D's second head, E has D's convolutions, as in Table 1.
 # | D21 | DCGAN: pixels in [0, 1]      | [-1, 1], as G ends in tanh; else as the source |--network |
 #         DCGAN on these networks, PacDCGAN on any: z ~ U[-1, 1]^d, Adam 2e-4, two steps of G on one
-#         z. The IV systems need z ~ N(0, I). BN's scales start at N(1, .02), as DCGAN's; there, 1.
+#         z. The IV systems need z ~ N(0, I). BN's scales start at N(1, .02); in the source, at 1.
 # | D22 | 128,000 fixed triples        | new ones every epoch                           |--triples |
-#         Packs are fixed there, too; here each image is packed with others of its batch. IVGAN's
+#         Packs are fixed there, too; here each image is packed with draws of its batch. IVGAN's
 #         authors have 60,000 triples at 64 pixels, 20,000 samples and an MLP that counts modes;
 #         here all rows have PacGAN's 26,000 samples, and the classifier of metrics.py.
 # | D23 | batch 10, z ~ N(0, I)^256    | 64 and N(0, I)^100, as the IV systems          |--batch ..|
-#         There G foresees D from where D has just moved to; here, as in the paper, from before.
+#         There D moves first, then G unrolls it; here, as in Unrolled GAN's paper, G comes first.
 # | D24 | stacked-MNIST code not found | D and F of the same author's ALI               |          |
-#         F without its last tanh, since codes are not bounded, and with torch's initial weights
-#         (there Xavier's); Adam 2e-4, the ALI's.
+#         D's convolutions are those of --network. F has no last tanh, as codes are not bounded, and
+#         torch's initial weights (there Xavier's). Adam 2e-4, the ALI's.
 
 IV = ("ivdcgan", "ivlsgan")
 WITH_E = ("mrgan", *IV)
@@ -193,32 +196,35 @@ PACGAN = dict(lr=2e-4, steps_of_g=2, prior="uniform")           # D21
 
 @dataclasses.dataclass
 class IVGANConfig(Settings):
-    """IVGAN's settings. The values are those of Sec. 5 for IVLSGAN."""
+    """IVGAN's settings, by Sec. 5; `preset_ivgan` adds what a system and a data set change."""
 
     model: str = setting("ivlsgan", "dcgan, lsgan, wgan, wgan-gp, mrgan, ivdcgan, ivlsgan, veegan, "
                          "unrolled, pacdcgan; Part II: wae-mmd, aae, ivaae-bw, -rad, -svgd")
     dataset: str = setting("digits", "a name (see data.py) or a folder of pictures")
-    network: str = setting("table1", "table1, or pacgan: that of Table 3's copied rows (D20)",
+    network: str = setting("table1", "table1, or pacgan: of Table 3's copied rows (D20)",
                            choices=("table1", "pacgan"))
-    size: int = setting(64, "pixels, a power of two (Sec. 5)", least=28, most=1024)
+    size: int = setting(64, "pixels: a power of two; 28 for PacGAN's networks (Sec. 5; D20)",
+                        least=28, most=1024)
     width: int = setting(64, "channels after the first convolution (Table 1)", least=1)
     latent: int = setting(100, "d, the code's dimensions (Sec. 5)", least=2)
     batch: int = setting(64, "n, images per step and rank (author code)", least=2)
     epochs: float = setting(400.0, "training length (author code)", least=1e-9)
     k: int = setting(4, "blocks, so interventions (Sec. 5; Table 4)", least=2, models=IV)
-    mu: float = setting(0.5, "of L_IV for G, V_class for f (Sec. 5); of mode in MRGAN (D9)",
-                        least=0, models=WITH_E)
+    mu: float = setting(0.5, "weight of L_IV for G, of V_class for f (Sec. 5); MRGAN: of its mode "
+                        "term for G (D9)", least=0, models=WITH_E)
     lam: float = setting(0.25, "weight of L_recon for G (Sec. 5)", least=0, models=WITH_E)
-    mu_e: float = setting(1.0, "weight of L_IV for E (Sec. 5)", least=0, models=WITH_E)
-    lam_e: float = setting(1.0, "weight of L_recon for E (Sec. 5; without --e-sign code)", least=0,
-                           models=WITH_E)
+    mu_e: float = setting(1.0, "weight of L_IV for E (Sec. 5); MRGAN: of its mode term (D9)",
+                          least=0, models=WITH_E)
+    lam_e: float = setting(1.0, "weight of L_recon for E (Sec. 5); --e-sign code ignores it",
+                           least=0, models=WITH_E)
     pack: int = setting(1, "m, images that D sees at once (D22)", least=1, models=("pacdcgan",))
-    unroll: int = setting(5, "K, steps G looks ahead at D (D23)", least=0, models=("unrolled",))
+    unroll: int = setting(5, "K, steps of D that G foresees (D23)", least=0, models=("unrolled",))
     triples: int | None = setting(None, "fixed triples of all 70,000 digits (D22)", int, 1)
     e_steps: int = setting(1, "steps of E per iteration (D4)", least=1, models=IV)
     e_sign: str = setting("paper", "E's objective: paper, code (D3)", choices=("paper", "code"),
                           models=IV)
-    d_norm: str = setting("table1", "batch norm in D: table1, dcgan, none (D2)",
+    d_norm: str = setting("table1", "batch norm in D: table1, after all convolutions; dcgan, not "
+                          "after the first; none (D2)",
                           choices=("table1", "dcgan", "none"))
     lr: float = setting(1e-4, "rate for D, f and G (Sec. 5: Adam; WGAN: RMSProp)", least=0)
     lr_d: float | None = setting(None, "Adam's rate for D instead (D23)", float, 0,
@@ -285,7 +291,8 @@ def preset_ivgan(model, dataset, network=None):
     changes = IVGAN_DATASETS.get(dataset, {}) | IVGAN_MODELS[model]
     if network == "pacgan":
         changes |= dict(network=network, size=28, d_norm="dcgan")           # D20
-        changes |= PACGAN if model == "dcgan" else {}                       # D21
+        if model == "dcgan":
+            changes |= PACGAN                                               # D21
     if dataset == "digits":
         changes["noise_schedule"] = ((0, 0.2),)                 # ours, for all systems (D7)
     return IVGANConfig(model=model, dataset=dataset, **changes)
@@ -309,7 +316,7 @@ def block_substitute(z, index, k, noise):
 def multi_js(densities, weights=None):
     """Eq. (2): JS_pi(p_1..p_n) = H(sum pi_i p_i) - sum pi_i H(p_i), in nats, of p (n, m) discrete.
 
-    Training does not form it: there f estimates it (Theorem 3, Eqs. (4) and (5)).
+    weights: pi (n,), else 1/n each. A scalar. In training f estimates it (Theorem 3, Eq. (5)).
     """
     if weights is None:
         weights = densities.new_full((len(densities),), 1 / len(densities))
@@ -322,7 +329,7 @@ def multi_js(densities, weights=None):
 # Table 1 is for 64 x 64 pixels. 32 have one stage fewer, 128 one more.
 
 def stages(size):
-    """The number of stride-2 convolutions from `size` pixels down to 4: four for the paper's 64."""
+    """How many stride-2 convolutions lead from `size`, a power of two, to 4: from 64, four."""
     return size.bit_length() - 3
 
 
@@ -332,7 +339,7 @@ def init_weights(module):
         nn.init.normal_(module.weight, 0.0, 0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
+    elif isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)) and module.affine:
         nn.init.normal_(module.weight, 1.0, 0.02)
         nn.init.zeros_(module.bias)
 
@@ -363,8 +370,7 @@ def convolutions(config, channels, norm):
     """Table 1's, "CONV(K4, S2)" down to 4 x 4, or PacGAN's: 28, 14, 7, 4, 2 by 5 x 5 kernels."""
     if config.network == "pacgan":
         return Convolutions(channels, config.width, 4, kernel=5, side=2, norm=norm)
-    depth = stages(config.size)
-    return Convolutions(channels, config.width, depth, kernel=4, side=4, norm=norm)
+    return Convolutions(channels, config.width, stages(config.size), kernel=4, side=4, norm=norm)
 
 
 class AsImage(nn.Module):
@@ -385,8 +391,7 @@ class Generator(nn.Sequential):
             layers += [nn.BatchNorm2d(c), nn.ReLU(inplace=True)]
             layers.append(nn.ConvTranspose2d(c, c_out, 4, 2, 1, bias=n == 0))
             c = c_out
-        layers.append(nn.Tanh())
-        super().__init__(*layers)
+        super().__init__(*layers, nn.Tanh())
         self.apply(init_weights)
 
 
@@ -399,7 +404,7 @@ class PacGenerator(nn.Sequential):
         rows = ((4 * width, 1), (2 * width, 0), (width, 1), (channels, 1))
         for c_out, more in rows:                                # 2 -> 4 -> 7 -> 14 -> 28
             layers += [nn.BatchNorm2d(c), nn.ReLU(inplace=True)]
-            layers.append(nn.ConvTranspose2d(c, c_out, 5, 2, 2, more))
+            layers.append(nn.ConvTranspose2d(c, c_out, 5, 2, 2, output_padding=more))
             c = c_out
         super().__init__(*layers, nn.Tanh())
         self.apply(init_weights)
@@ -450,7 +455,7 @@ def adversarial_loss_d(name, real, fake):
     """L_adv(D), a mean over the 2n images (D11). real, fake: D's logits (B,). A scalar.
 
     dcgan: Eq. (1), negated. lsgan: targets a = 1 for real, b = -1 for fake (author code).
-    wgan, wgan-gp: the negated Wasserstein estimate, on its own paper's scale.
+    wgan, wgan-gp: the negated Wasserstein estimate, whole. ValueError for another name.
     """
     if name == "dcgan":
         return (F.softplus(-real).mean() + F.softplus(fake).mean()) / 2   # -log sigmoid(v)
@@ -464,7 +469,8 @@ def adversarial_loss_d(name, real, fake):
 def adversarial_loss_g(name, fake):
     """L_adv(G) of D's logits (B,) on G's images. A scalar.
 
-    dcgan: non-saturating, -log D. lsgan: (D - c)^2 / 2 with c = 0 (author code). wgan, wgan-gp: -D.
+    dcgan: non-saturating, -log D. lsgan: (D - c)^2 / 2 (D11), c = 0 (author code). wgan, wgan-gp:
+    -D. ValueError for another name.
     """
     if name == "dcgan":
         return F.softplus(-fake).mean()
@@ -499,7 +505,7 @@ def model_loss(adversarial, reconstruction, intervention, lam, mu):
 
 
 def code_loss(z, mean):
-    """VEEGAN (D24): -log N(z; mean, I), summed over d dimensions, mean over the batch (B, d)."""
+    """VEEGAN (D24): -log N(z; mean, I) of z, mean (B, d): a sum over d, a mean over the batch."""
     return ((z - mean).square().sum(1) / 2).mean() + z.shape[1] / 2 * math.log(2 * math.pi)
 
 
@@ -561,16 +567,16 @@ class GAN(nn.Module):
         return noise if self.config.prior == "normal" else 2 * torch.special.ndtr(noise) - 1
 
     def generate(self, z):
-        """What D judges of codes z."""
+        """The images (B, C, S, S) of codes z (B, d), as D judges them."""
         return self.G(z)
 
     def set_rates(self):
         """The learning rates of this iteration (D8)."""
         if self.config.decay == "linear" and self.steps:
+            factor = min(1.0, max(0.0, 2 - 2 * self.iteration / self.steps))
             for optimiser in data.optimisers_of(self).values():
                 group = optimiser.param_groups[0]
-                left = max(0.0, 2 - 2 * self.iteration / self.steps)
-                group["lr"] = group["initial_lr"] * min(1.0, left)
+                group["lr"] = group["initial_lr"] * factor
 
     def noisy(self, x):
         """Instance noise on what D judges (Sec. 5; D7)."""
@@ -601,8 +607,8 @@ class GAN(nn.Module):
     def step_d(self, x, x_z, x_i=None, index=None):
         """Alg. 1, lines 9-12: D down L_adv; f, its second head, down mu V_class where x_i is given.
 
-        It comes before any forward through D for G's loss: autograd refuses to go back through
-        weights that have moved since.
+        x, x_z, x_i: (B, C, S, S); index: (B,). Returns d_adv, f_ce, d_gp, as far as there are any.
+        D judges for G's loss only after this: autograd refuses to go back through moved weights.
         """
         c = self.config
         real = self.noisy(x)
@@ -635,8 +641,8 @@ class GAN(nn.Module):
     def encode(self, x):
         """Images (n, C, S, S) in [-1, 1] -> codes (n, d). ValueError where there is no encoder.
 
-        E's running statistics lag behind its weights. After bare steps take them anew (D12):
-        torch.optim.swa_utils.update_bn(batches of images, model.E).
+        E's running statistics lag behind its weights; `evaluate` takes them anew (D12). After steps
+        of your own: torch.optim.swa_utils.update_bn(a list of batches of images, model.E).
         """
         if self.E is None:
             raise ValueError(f"{self.config.model} has no encoder")
@@ -645,8 +651,8 @@ class GAN(nn.Module):
 
 
 class IVGAN(GAN):
-    """IVDCGAN and IVLSGAN. Beside GAN's it logs f_ce: V_class as f descends it (log k: f only
-    guesses); rec: L_recon of Eq. (6); iv: L_IV after f's step."""
+    """IVDCGAN and IVLSGAN. Beside GAN's it logs f_ce, V_class before f's step (at log k f only
+    guesses); rec, L_recon of Eq. (6); iv, L_IV after f's step."""
 
     def step(self, x):
         """One iteration of Algorithm 1 on images x (B, C, S, S) in [-1, 1]. Returns its losses."""
@@ -677,7 +683,7 @@ class IVGAN(GAN):
         return {name: loss.detach() for name, loss in losses.items() if not loss.is_leaf}
 
     def intervene(self, x):
-        """Alg. 1, lines 5-8. Returns x_hat = G(E(x)), w_i = O_i(E(x)), index and x_i = G(w_i)."""
+        """Alg. 1, lines 5-8: x_hat = G(E(x)), None if L_recon is off; w_i; index; x_i = G(w_i)."""
         c = self.config
         x_hat = None
         w = self.E(x).float()                                               # line 5
@@ -709,7 +715,7 @@ class IVGAN(GAN):
 
 
 class MRGAN(GAN):
-    """Mode regularised GAN (D9): G and E down lam |x - G(E(x))| - mu log D(G(E(x))).
+    """MRGAN (Che et al., 2016; D9): G and E also down lam |x - G(E(x))| - mu log D(G(E(x))).
 
     Beside GAN's it logs rec, |x - G(E(x))|, and mode, -log D(G(E(x))), both without weights."""
 
@@ -755,7 +761,7 @@ class PacGAN(GAN):
 
 
 def adam_step(weight, m, v, gradient, n, lr, betas):
-    """Adam's n-th step, n = 1, 2, .., as a function: (weight, m, v) after it."""
+    """Adam's n-th step, n = 1, 2, .., as a function: (weight, m, v) after it, shaped as before."""
     beta1, beta2 = betas
     m = beta1 * m + (1 - beta1) * gradient
     v = beta2 * v + (1 - beta2) * gradient.square()
@@ -765,7 +771,7 @@ def adam_step(weight, m, v, gradient, n, lr, betas):
 
 
 class UnrolledGAN(GAN):
-    """Unrolled GAN (Metz et al., 2017): G descends its loss at the D of K steps ahead.
+    """Unrolled GAN (Metz et al., 2017): G descends its loss at D as it will be in K steps: g_adv.
 
     Gradients reach G through D's steps as well. At K = 0 its losses are the GAN's; G moves first.
     """
@@ -846,7 +852,7 @@ class VEEGAN(GAN):
 # ---- Figures -------------------------------------------------------------------------------------
 
 def figures_ivgan(model, folder, step, x):
-    """Pictures of one evaluation: Figs. 1, 5 and 6, of test images x (100, C, S, S)."""
+    """Pictures of one evaluation: Figs. 1, 5, 6, of up to 100 test images x (n, C, S, S)."""
     noise = metrics.fixed_noise(100, model.config.latent)
     samples = model.decode(model.from_normal(noise))
     metrics.save_grid(folder / f"samples/{step:06d}.png", samples)                    # Figs. 5, 6
@@ -860,10 +866,11 @@ def figures_ivgan(model, folder, step, x):
     if not isinstance(model, IVGAN):
         return
     k = model.config.k
+    w = w[:10]
     rows = [x[:10], x_hat[:10]]
     for i in range(k):                                          # Fig. 1: G(O_1(w)) .. G(O_k(w))
-        index = torch.full((len(w[:10]),), i)
-        rows.append(model.decode(block_substitute(w[:10], index, k, noise[:len(index)])).cpu())
+        w_i = block_substitute(w, torch.full((len(w),), i), k, noise[:len(w)])
+        rows.append(model.decode(w_i).cpu())
     grid = torch.stack(rows, dim=1).flatten(0, 1)
     metrics.save_grid(folder / f"figures/interventions-{step:06d}.png", grid, k + 2)
 
@@ -890,7 +897,7 @@ def figures_ivgan(model, folder, step, x):
 # |-----|-----------------------------------|-------------------------------------------|----------|
 # | D14 | L_recon's reduction not printed   | WAE's: .05 times the sum over an image    | --lam    |
 #         WAE's MNIST pixels lie in [0, 1]; in [-1, 1], as here, the sum is four times as large.
-#         Silent, too, on the optimiser and the initial weights: Adam (.5, .999), as WAE; torch's.
+#         Silent, too, on optimiser and initial weights: Adam (.5, .999), as WAE, and torch's own.
 # | D15 | lines 14, 16: "+ L_recon"; 16: d/d theta_G | descent; d/d theta_E             | --e-loss |
 #         Line 11's 1 / mt and the others' 1 / m are means here.
 #         Algorithm 1 lets E maximise D's cross entropy. `prior` is the form of WAE-GAN's paper and
@@ -902,12 +909,12 @@ def figures_ivgan(model, folder, step, x):
 #         Sec. 4's "5 x 5 or 6 x 6"; K5 would reach 32 pixels too, with an output padding of 1.
 #         "FC(C1)" ends in the latent dimension.
 # | D18 | WAE-GAN's D has one output        | two, whose difference is its logit        | --e-loss |
-#         So `aae` is IVAAE at t = 1. L_IV is a mean of two terms, of which one reaches E, and E
-#         descends mu2 / 2 log D_0(E(x)). By `prior`, WAE-GAN's form, it is -mu2 log D_1(E(x)).
+#         So `aae` is IVAAE at t = 1, where the printed mu2 is 1. One of L_IV's two terms reaches E,
+#         which descends log D_0(E(x)) / 2; by `prior`, WAE-GAN's form, -log D_1(E(x)).
 #         D moves before E and G, as in Algorithm 1; WAE-GAN's code has it after them.
 # | D19 | one z for all k (line 3)          | each T_k draws its own: the same in the mean |       |
 #         WAE-MMD's weight on CIFAR-10 is CelebA's, Fashion-MNIST's settings are MNIST's (silent).
-#         Figs. 2 and 3 do not name their data: MNIST here, by a D that learns at the first rate.
+#         Figs. 2 and 3 do not name their data: MNIST here. Their D learns at the undecayed rate.
 
 BRIDGED = ("ivaae-bw", "ivaae-rad", "ivaae-svgd")
 WITH_D = ("aae", *BRIDGED)
@@ -921,14 +928,14 @@ class IVAAEConfig(Settings):
     dataset: str = setting("celeba", "a name (see data.py) or a folder of pictures")
     size: int = setting(64, "pixels", least=8, most=1024)
     network: str = setting("conv")                     # "fc": Table 3; "conv": Table 4
-    width: int = setting(128, "hidden units, or channels of E's first layer and a quarter of D's "
-                         "units (Table 4)", least=1)
+    width: int = setting(128, "hidden units (Table 3); or channels of E's first layer, and a "
+                         "quarter of D's units (Table 4)", least=1)
     latent: int = setting(64, "d, the code's dimensions", least=2)
     batch: int = setting(100, "m, images per step and rank", least=2)
     epochs: float = setting(300.0, "training length", least=1e-9)
-    t: int = setting(4, "bridge distributions", least=1, models=BRIDGED)
-    mu1: float = setting(4.0, "(t + 1) mu1, D's weight of L_IV", least=0, models=WITH_D)
-    mu2: float = setting(2.0, "(t + 1) mu2, E's weight of L_IV", least=0, models=WITH_D)
+    t: int = setting(4, "t, number of bridge distributions", least=1, models=BRIDGED)
+    mu1: float = setting(4.0, "D's weight of L_IV, times t + 1", least=0, models=WITH_D)
+    mu2: float = setting(2.0, "E's weight of L_IV, times t + 1", least=0, models=WITH_D)
     e_loss: str = setting("iv", "iv, prior: E's loss (D15)", choices=("iv", "prior"), models=WITH_D)
     lam: float = setting(1.0, "lambda, the weight of L_recon", least=0)
     lam_mmd: float = setting(100.0, "the MMD's weight (WAE's)", least=0, models=("wae-mmd",))
@@ -998,7 +1005,7 @@ def radial_substitute(z, step, t, noise):
 
 
 def median_bandwidth(z, scale=100.0):
-    """h = scale med^2 / log n (Sec. 4), med the median pairwise distance of points z (n, d)."""
+    """h = scale med^2 / log n (Sec. 4), med the median distance in z (n, d), n >= 2. A constant."""
     with torch.no_grad():
         median = F.pdist(z.float()).median()
         return (scale * median.square() / math.log(len(z))).clamp_min(1e-12)    # codes may coincide
@@ -1063,9 +1070,10 @@ def table4_networks(latent, channels, width, outputs):
     encoder = nn.Sequential(*layers, nn.Flatten(), nn.Linear(16 * c, latent))
 
     layers = [nn.Linear(latent, 64 * c), nn.Unflatten(1, (c, 8, 8))]
-    for place in ((5, 1, 0), (5, 1, 0), (6, 2, 2)):             # 8 -> 12 -> 16 -> 32
+    for kernel, stride, padding in ((5, 1, 0), (5, 1, 0), (6, 2, 2)):       # 8 -> 12 -> 16 -> 32
         c //= 2
-        layers += [nn.ConvTranspose2d(2 * c, c, *place, bias=False), nn.BatchNorm2d(c), nn.ReLU()]
+        layers.append(nn.ConvTranspose2d(2 * c, c, kernel, stride, padding, bias=False))
+        layers += [nn.BatchNorm2d(c), nn.ReLU()]
     generator = nn.Sequential(*layers, nn.ConvTranspose2d(c, channels, 4, 2, 1), nn.Tanh())
     return encoder, generator, nn.Sequential(*perceptron(latent, 4 * width, 4, outputs))
 
@@ -1090,14 +1098,14 @@ def prior_loss(logits):
 
 
 def squared_error(x_hat, x):
-    """L_recon: .05 times the squared error summed over an image, mean over the batch (D14)."""
+    """L_recon of images (B, C, S, S): .05 times the sum of squares of each, their mean (D14)."""
     return 0.05 * (x_hat.float() - x.float()).square().flatten(1).sum(1).mean()
 
 
 # ---- Models --------------------------------------------------------------------------------------
 
 class AutoEncoder(nn.Module):
-    """What IVAAE and WAE-MMD share: E, G, one Adam for both; sample, encode.
+    """What IVAAE and WAE-MMD share: E, G, one Adam for both; sample, encode, decode.
 
     channels: of the images. steps_per_epoch: for the decay of the rates; None: they stay.
     """
@@ -1170,7 +1178,7 @@ class IVAAE(AutoEncoder):
         return self.D(torch.cat(list(chain))).float().unflatten(0, (len(chain), -1))
 
     def encoder_loss(self, logits):
-        """What E descends beside L_recon: -mu2 L_IV (Alg. 1, line 16: E fools D), or D15's."""
+        """What E descends beside L_recon: -mu2 L_IV (Alg. 1, line 16), or mu2 prior_loss (D15)."""
         mu2 = self.config.mu2 / (self.config.t + 1)
         if self.config.e_loss == "prior":
             return mu2 * prior_loss(logits)
@@ -1193,7 +1201,7 @@ class IVAAE(AutoEncoder):
         return {"rec": rec.detach(), "d_iv": d_iv, "e_adv": e_adv.detach()}
 
     def step_d(self, chain):
-        """Alg. 1, lines 10-11: D down mu1 L_IV on t + 1 batches of codes, without a graph to E."""
+        """Alg. 1, lines 10-11: D down mu1 L_IV of t + 1 batches of codes. Returns that L_IV."""
         with self.machine.autocast():
             loss = bridge_loss(self.judge([z_k.detach() for z_k in chain]))
         self.machine.descend(self.optimiser_d, self.config.mu1 / (self.config.t + 1) * loss)
@@ -1223,13 +1231,13 @@ class WAE(AutoEncoder):
 # ---- Figures, and the experiments of Figures 2, 3 and 5 ------------------------------------------
 
 def figures_ivaae(model, folder, step, x, codes):
-    """Fig. 7, and pictures of test images x (100, C, S, S); Fig. 6, of training codes (N, d)."""
+    """Fig. 7, and pictures of up to 100 test images x (n, C, S, S); Fig. 6, of codes (N, d)."""
     noise = metrics.fixed_noise(100, model.config.latent)
     metrics.save_grid(folder / f"samples/{step:06d}.png", model.decode(noise))          # Fig. 7
     z = model.encode(x).cpu()
     pairs = torch.stack([x, model.decode(z).cpu()], dim=1).flatten(0, 1)
     metrics.save_grid(folder / f"recon/{step:06d}.png", pairs[:100])
-    if len(z) >= 20:                                            # a row from one image to another
+    if len(z) >= 20:                                            # ours: a row from z[i] to z[10 + i]
         weights = torch.linspace(0, 1, 10)[:, None]
         lines = torch.cat([torch.lerp(a, b, weights) for a, b in zip(z[:10], z[10:20])])
         metrics.save_grid(folder / f"figures/interpolations-{step:06d}.png", model.decode(lines))
@@ -1241,8 +1249,8 @@ def figures_ivaae(model, folder, step, x, codes):
 def probe_discriminator(model, batches, steps):
     """Figs. 2 and 3: D alone goes on training while E and G stand still. A dict per iteration.
 
-    `loss` is L_IV of D; `gradient` the norm of E's gradient of -log D_t(E(x)), Fig. 3's own;
-    `gradient_iv` that of E's own term, `encoder_loss`. Raises NotFinite.
+    `loss` is L_IV before D's step. `gradient` is the norm of E's gradient of -log D_t(E(x)), as in
+    Fig. 3; `gradient_iv` that of `encoder_loss`. E uses its running statistics. Raises NotFinite.
     """
     own = list(model.E.parameters())
     lines = []
@@ -1271,8 +1279,8 @@ def probe_discriminator(model, batches, steps):
 def probe_classifier(model, batches, test_set, steps, every=100):
     """Fig. 5: an MLP of two layers of 1000 nodes on the frozen encoder's last hidden layer.
 
-    Batch 60, rate 1e-4 (Sec. 4), by Adam (ours). A dict per `every` iterations: `error`, the share
-    of test images that it gets wrong.
+    Rate 1e-4 (Sec. 4), by Adam (ours); `batches` should be of 60. A dict per `every` iterations:
+    `loss`, and `error`, the share of at most 10,000 test images that it gets wrong.
     """
     hidden = model.E[:-1]
     device = model.machine.device
@@ -1285,7 +1293,7 @@ def probe_classifier(model, batches, test_set, steps, every=100):
     mlp = nn.Sequential(*perceptron(n, 1000, 2, test_set.classes)).to(device)
     optimiser = torch.optim.Adam(mlp.parameters(), 1e-4)
     ordered = data.ordered(test_set, 10_000, 250, device, model.config.size)
-    test = [(features(x), y.to(device)) for x, y in ordered]
+    test = [(features(x), y) for x, y in ordered]
     count = sum(len(y) for _, y in test)
     lines = []
     for step in range(1, steps + 1):
@@ -1378,7 +1386,10 @@ TABLES = {
 
 
 def preset(model=None, dataset=None, network=None):
-    """The settings of one system on images. Raises UserError for points, and unknown systems."""
+    """The settings of one system on images; network: "pacgan" or None (D20), of Part I only.
+
+    Raises UserError for points, and unknown systems.
+    """
     model = model or "ivlsgan"
     dataset = dataset or "digits"
     if dataset in data.POINT_SETS:
@@ -1391,17 +1402,17 @@ def preset(model=None, dataset=None, network=None):
 
 
 def build(config, machine=None, channels=3, steps=None, steps_per_epoch=None):
-    """The model of these settings. To add one: a class, its place here, settings in *_MODELS."""
+    """The model of these settings. To add one: a class, its place here, its name in *_MODELS."""
     if isinstance(config, IVAAEConfig):
         kind = WAE if config.model == "wae-mmd" else IVAAE
         return kind(config, machine, channels, steps_per_epoch)
-    kinds = {"mrgan": MRGAN, "veegan": VEEGAN, "unrolled": UnrolledGAN, "pacdcgan": PacGAN}
-    kind = IVGAN if config.model in IV else kinds.get(config.model, GAN)
-    return kind(config, machine, channels, steps)
+    kinds = {"mrgan": MRGAN, "ivdcgan": IVGAN, "ivlsgan": IVGAN, "veegan": VEEGAN,
+             "unrolled": UnrolledGAN, "pacdcgan": PacGAN}
+    return kinds.get(config.model, GAN)(config, machine, channels, steps)
 
 
 def evaluate(model, evaluator, folder, step, x_test, train_set):
-    """Pictures and metrics of one moment, which do not disturb the training's random numbers.
+    """Pictures, and {metric: value}, of one moment; training's random numbers go on undisturbed.
 
     `eval_s` is the seconds all this took. For IVAAE's systems `fld` is the Frechet distance of
     codes to the prior, by Sec. 4's formula. It takes 60,000 training images at most (`fld_n`)
@@ -1411,17 +1422,17 @@ def evaluate(model, evaluator, folder, step, x_test, train_set):
     c = model.config
     m = model.machine
     result = {}
-    protocol = []
+    before = ""
     if isinstance(model, AutoEncoder):
         images = data.ordered(train_set, 60_000, 250, m.device, c.size)
         codes = torch.cat([model.encode(x).cpu() for x, _ in images])
         figures_ivaae(model, folder, step, x_test, codes)
         result = {"fld": metrics.frechet_latent_distance(codes), "fld_n": len(codes)}
-        protocol.append(f"fld: {len(codes)} {train_set.split} images")
+        before = f"fld: {len(codes)} {train_set.split} images; "
     else:
         if model.E is not None:     # D12: of its present weights, by 50 full batches (ours)
             images = data.ordered(train_set, 50 * c.batch, c.batch, m.device, c.size)
-            with m.autocast(), torch.compiler.set_stance("force_eager"):
+            with m.autocast(), torch.compiler.set_stance("force_eager"):    # not compiled for this
                 torch.optim.swa_utils.update_bn((x.to(memory_format=torch.channels_last)
                                                  for x, _ in images if len(x) == c.batch), model.E)
         figures_ivgan(model, folder, step, x_test)
@@ -1430,7 +1441,7 @@ def evaluate(model, evaluator, folder, step, x_test, train_set):
         return model.decode(model.encode(x))
 
     result |= evaluator(model.sample, None if model.E is None else reconstruct)
-    result["protocol"] = "; ".join([*protocol, result["protocol"]])
+    result["protocol"] = before + result["protocol"]
     return result | {"eval_s": round(time.time() - began, 1)}
 
 
@@ -1440,7 +1451,10 @@ def score_of(result):
 
 
 def train(config, machine, folder, checkpoint=None):
-    """Trains `config` in `folder`, from `checkpoint` if given. Returns the last evaluation."""
+    """Trains `config` in `folder`, from `checkpoint` if given. Returns the last evaluation.
+
+    Raises UserError, NotFinite, and, after a signal, Interrupted.
+    """
     # Load, build, restore. The folder comes first: whether it can be written is seen before work.
     run = data.Run(folder, FILE, config, machine, checkpoint)
     train_set, test_set = data.load_pair(config.dataset, config.root, config.size)
@@ -1453,7 +1467,7 @@ def train(config, machine, folder, checkpoint=None):
     steps = config.steps or math.ceil(config.epochs * batches.steps_per_epoch)
     if checkpoint and not run.other_data:
         steps = max(steps, checkpoint["step"])
-    # Every 10 epochs (Table 2), of a shorter run a twelfth.
+    # Every 10 epochs (Table 2; IVAAE's Table 1), but at least twelve times a run.
     eval_every = config.eval_every or max(1, min(10 * batches.steps_per_epoch, steps // 12))
     torch.manual_seed(config.seed)                              # all ranks build the same networks
     model = build(config, machine, train_set.channels, steps, batches.steps_per_epoch)
@@ -1505,8 +1519,8 @@ def train(config, machine, folder, checkpoint=None):
 def probe(config, machine, checkpoint, folder, which, steps=None):
     """`--probe`: one of IVAAE's experiments on a finished run; writes probe-NAME.jsonl and figures.
 
-    `steps` iterations, else 1,000 (Figs. 2 and 3) or 3,000 (Fig. 5). Raises UserError where the
-    model has no discriminator, the data no labels.
+    `steps` iterations, else 1,000 (Figs. 2 and 3) or 3,000 (Fig. 5). Raises UserError for systems
+    of Part I, fp16, a model without D, data without labels; NotFinite.
     """
     if not isinstance(config, IVAAEConfig):
         raise UserError(f"--probe: {config.model} is not one of IVAAE's systems")
@@ -1542,7 +1556,7 @@ def main(argv=None):
     """The command line; returns the exit code. Raises UserError for what the user can mend."""
     def probes(parser, instead):
         instead.add_argument("--probe", choices=("discriminator", "classifier"),
-                             help="with --resume: IVAAE's Figs. 2 and 3, or 5; --steps long")
+                             help="with --resume: IVAAE's Figs. 2 and 3, or 5; --steps: how many")
 
     if data.asks_for_table(argv):
         return data.run_table(argv, FILE, TABLES, main)
@@ -1550,7 +1564,7 @@ def main(argv=None):
     if args.probe and not checkpoint:
         raise UserError("--probe needs --resume RUN, a finished run")
     machine = Machine(*data.hardware(args.device, config.amp))
-    name = pathlib.Path(config.dataset).name
+    name = os.path.basename(config.dataset)
     folder = data.run_folder(args, f"runs/{FILE}-{config.model}-{name}-s{config.seed}")
     if args.bench:
         model = build(config, machine, data.channels_of(config.dataset))
