@@ -645,7 +645,7 @@ def _points(name, split):
         u = torch.rand(5_000, generator=generator)
         t = 1.5 * math.pi * (1 + 2 * u)
         x = torch.stack([t * t.cos(), t * t.sin()], 1)
-        if name == "swissroll3d":  # sklearn's, which is what LatentMap's authors ran
+        if name == "swissroll3d":  # sklearn's; that of LatentMap's authors is half as deep
             depth = 21 * torch.rand(5_000, generator=generator) - 10.5
             x = torch.stack([x[:, 0], depth, x[:, 1]], 1)
             x += 0.05 * torch.randn(5_000, 3, generator=generator)

@@ -15,8 +15,8 @@ codes, in a GAN between vectors, Eqs. (12) and (13). A sample is G(g(z)).
     python latentmap.py                             the Swiss roll (Figs. 4 and 5), offline
     python latentmap.py --model vae                 a baseline: vae, aae, alae, wae, introvae, age
     python latentmap.py --model vae --authors       ... as LatentMap's authors' script has it (D8)
-    python latentmap.py --dataset swissroll3d       the roll in 3-D, with their networks (D6)
-    python latentmap.py --dataset mnist             Fig. 6; also latentmap-nobn, latentmap-noreg
+    python latentmap.py --dataset swissroll3d       the roll in 3-D, with their E and G (D6)
+    python latentmap.py --dataset mnist             Fig. 6; --model latentmap-nobn, latentmap-noreg
     python latentmap.py --dataset celeba            Tables 1 and 2: 64 x 64, 25 epochs
     python latentmap.py --dataset FOLDER            one's own pictures
     python latentmap.py --model vae --help          the flags of one system
@@ -119,9 +119,9 @@ class Machine:
 #            x^ = G(z^)     x_hat           like x
 #            mu ~ U[0, .5]  mu              (B,), one for each item
 #            x_mu           x_mu            like x: G(mu z^_1 + (1 - mu) z^_2)
-#            gamma, lambda  gamma, lam      a share of x; d's target for such a blend
+#            gamma, lambda  gamma, lam      x's share of a blend with x^; d's target for it
 #            omega_1, _2    omega1, omega2  weights
-#            d(x)           d(x)            (B,), the mean over an encoder's outputs
+#            d(x)           d(x)            (B,), the mean of the outputs of a net shaped like E
 #            g(z), D        g(z), D(code)   (B, dim), (B,)
 #
 # Algorithm (the paper prints none). A call of `LatentMap.step` is, up to step map_from,
@@ -137,42 +137,45 @@ class Machine:
 # Deviations and choices (the authors' code is gengcong940126/AGE).
 #     | paper                       | authors' code         | here                     | switch
 # D1  | ||x - x^||^2                | mean of |x - x^|      | mean of squares          | --recon
-#       A sum over 12,288 pixels would drown the other terms, which are of the order of lam^2.
+#       A sum over 12,288 numbers would drown the other terms, which are of the order of lam^2.
 # D2  | silent on gamma, lambda,    | .2, .2, 1, 1; 2e-4,   | as theirs; Adam's own    | --gamma
 #     | omegas, optimiser, counts   | beta1 0, batch 32     | beta2; d x 2, D x 5      | --lr ...
 #       All steps of d use one x, all of D one code; z and mu, one for each item, are drawn anew.
 #       x_1 is the batch reversed, x_2 the batch: as mu <= .5, x_mu is nearer to x_2.
 # D3  | BN to mean 0, variance 1    | scale, shift learnt   | no scale, no shift       |
 #       Eqs. (9), (10) and (12) print E(x): read here as BN(E(x)), by Eq. (11).
-# D4  | prior: Gaussian             | unit sphere           | Gaussian; or radius      | --prior
-#     |                             | (roll: Gaussian)      | sqrt(dim), of mean square 1
+# D4  | prior: Gaussian             | unit sphere           | Gaussian; or the sphere  | --prior
+#     |                             | (roll: Gaussian)      | of radius sqrt(dim)      |
 #       With --authors the radius is 1, but for AGE.
 # D5  | autoencoder, then map       | both in every step    | .8, then .2 of the steps | --joint
-#       The paper does not say how long (points: .6, .4). best.pt comes from the second phase.
+#       The paper does not say how long (points: .6, .4). best.pt comes from the second phase. With
+#       --joint each step has lines 1 to 5, and D sees line 1's codes, those of the batch's BN.
 # D6  | G, g, D, d: "Mimicry's      | G, E, d: its SNGAN-64 | as theirs                | --size
 #     | architectures"              | g, D: MLPs            |                          |
-#       E is d with BN, and a mean over positions. d's and D's last layers go without spectral norm,
-#       which would leave them too small a range. MLPs' sizes, 32 pixels and points are ours,
-#       but for E and G of swissroll3d, which are theirs.
+#       E is d with BN for spectral norm and a mean over positions for the sum. d's and D's last
+#       layers go without spectral norm, which would leave them too small a range. The MLPs' sizes
+#       are ours, and the networks for 32 pixels and points, but E and G of swissroll3d (theirs).
 # D7  | Swiss roll, 5,000 points    | in 3-D, noise .05     | a plane spiral           | --dataset
-#       The rolls' steps (D's too), rates, weights and batch are ours (theirs in 3-D: all 5,000
-#       points, 75,000 steps, 2e-4): each of four systems has the best of six settings on seed 100,
-#       found in 3-D at width 128. Ours, too: MNIST's 25 epochs, CIFAR-10's 32 pixels. CelebA's
-#       128 dimensions are Mimicry's.
-# D8  | baselines: networks and     | see AUTHORS, script_, | their own papers', where | --authors
-#     | epochs as ours, else silent | _authors, `authors`   | not marked "ours"        |
+#       Their sheet is half as deep as sklearn's; swissroll3d's is not. The rolls' steps (D's too),
+#       rates, weights and batch are ours (theirs in 3-D: all 5,000 points, 75,000 steps, 2e-4
+#       halved thrice): each of four systems has the best of six settings on seed 100, those of the
+#       3-D roll at width 128, 6,000 steps. Ours, too: 25 epochs but on CelebA (the scripts have 100
+#       on CIFAR-10). 32 pixels are the scripts', CelebA's 128 dimensions theirs and Mimicry's.
+# D8  | baselines: networks, epochs | AUTHORS, script_*,    | their own papers', where | --authors
+#     | as LatentMap's; else silent | NAME_authors          | not marked "ours"        |
 #       They share E, G, optimiser and batch. With the switch, vae, aae, introvae are as in scripts
 #       of LatentMap's authors, age, alae as in their own authors'. Networks stay, but for two Ds.
 #       In the scripts vae and introvae reconstruct a draw of q(z|x): with the switch, so here, but
 #       not of points. For points the switch has the losses, rates and batch of the scripts for
-#       pictures, not of those for the 3-D roll (D7), where ALAE's F does not move.
+#       pictures (alae keeps its rate and batch), not of those for the 3-D roll (D7).
 # D9  | silent on running           | of all batches        | E's follow data only,    |
 #     | statistics                  |                       | G's the codes of data    |
-#       Blends of codes and samples have other moments, and would shift these. G of ALAE follows
-#       F(z), that of AGE the prior's draws, that of IntroVAE codes and draws in turn.
+#       Blended codes (into G) and samples (into E) have other moments, and would shift these. G of
+#       ALAE follows F(z), that of AGE the prior's draws, that of IntroVAE codes and draws in turn.
 # D10 | FID against training images | MSE of [-1, 1] pixels | so: fid and `mse_pm1`    |
-#       The script takes the MSE of one batch of 64 images; here it is of up to 10,000 test images.
-# D11 | CelebA: resized to 64       |                       | the central 140 x 140    |
+#       The script takes the MSE of one batch of 64 images (of CelebA it holds none back for tests);
+#       here it is of up to 10,000 test images.
+# D11 | CelebA: resized to 64       | the central 178 x 179 | the central 140 x 140    |
 #       of the 178 x 218 aligned faces, as IVAAE and WAE crop them.
 
 # ---- Settings ------------------------------------------------------------------------------------
@@ -186,7 +189,7 @@ MODELS = {  # the systems, and what each changes of the settings; for their clas
     "latentmap-noreg": dict(omega1=0.0, omega2=0.0),  # Fig. 6, second row
     "vae": {}, "aae": {}, "wae": {}, "introvae": {}, "age": dict(prior="sphere"), "alae": {},
 }
-SCRIPT = dict(lr=2e-4, beta1=0.5, batch=64, prior="sphere")
+SCRIPT = dict(lr=2e-4, beta1=0.5, batch=64, prior="sphere")  # of AGE its own authors', too
 AUTHORS = {  # what --authors changes of the settings (D8); of points the prior stays (D4)
     "vae": SCRIPT | dict(lr=5e-4), "aae": SCRIPT, "introvae": SCRIPT, "age": SCRIPT,
     "alae": dict(beta2=0.99),
@@ -198,7 +201,7 @@ TUNED = {  # what a system changes on a data set: ours (D7)
     ("vae", "swissroll3d"): dict(lr=2e-3), ("aae", "swissroll3d"): dict(lr=2e-3),
     ("alae", "swissroll3d"): dict(lr=2e-4),
 }
-DIGITS = dict(size=32, latent=256)  # ablation study: "256D"
+DIGITS = dict(size=32, latent=256)  # ablation study: "256D"; 32 pixels: author code
 DIGIT_SETS = ("mnist", "fashion-mnist", "digits", "stacked-mnist", "stacked-digits")
 DATASETS = dict.fromkeys(POINT_SETS, POINTS) | dict.fromkeys(DIGIT_SETS, DIGITS) | {
     "swissroll3d": POINTS | dict(width=400, lr=5e-4, steps=20_000),  # author code's width
@@ -216,21 +219,21 @@ class LatentMapConfig(Settings):
     size: int | None = setting(64, "pixels, 32 or 64 (D6, D7)", int)
     width: int = setting(64, "channels at full size (Mimicry); of points hidden units", least=1)
     latent: int = setting(128, "dim, the numbers of a code (D7)", least=1)
-    batch: int = setting(32, "items a step and rank (author code)", least=2)
+    batch: int = setting(32, "items a step and rank (D2, D7, D8)", least=2)
     epochs: float = setting(25.0, "length, where --steps is not given (CelebA)", least=1e-9)
-    lr: float = setting(2e-4, "Adam's rate (author code)", least=0)
+    lr: float = setting(2e-4, "Adam's rate (D2, D7, D8)", least=0)
     beta1: float = setting(0.0)  # author code
-    beta2: float = setting(0.999)
-    authors: bool = setting(False, "the baseline as its authors or LatentMap's have it (D8): losses"
-                            ", and defaults of the other flags", models=tuple(AUTHORS))
-    recon: str = setting("l2", "Eq. (10)'s first term: l2, or l1, the author code's (D1)",
+    beta2: float = setting(0.999)  # Adam's own
+    authors: bool = setting(False, "the baseline as its authors or LatentMap's have it (D8), and "
+                            "defaults of the other flags", models=tuple(AUTHORS))
+    recon: str = setting("l2", "reconstruction error: l2, or l1, author code of Eq. (10) (D1)",
                          choices=("l2", "l1"), models=(*LATENTMAPS, "aae"))
-    prior: str = setting("gauss", "gauss, or sphere, the author code's (D4)",
+    prior: str = setting("gauss", "gauss, or sphere, of radius sqrt(dim) (D4)",
                          choices=("gauss", "sphere"), models=WITH_PRIOR)
     gamma: float = setting(0.2, "share of x in a blend (author code)", least=0, most=1, models=FULL)
     lam: float = setting(0.2, "d's target for a blend (author code)", least=0, models=FULL)
-    omega1: float = setting(1.0, "weight of ||d(x_mu)||^2 (author code)", least=0, models=FULL)
-    omega2: float = setting(1.0, "weight of ||d(x^)||^2 (author code)", least=0, models=FULL)
+    omega1: float = setting(1.0, "weight of ||d(x_mu)||^2 (D2, D7)", least=0, models=FULL)
+    omega2: float = setting(1.0, "weight of ||d(x^)||^2 (D2, D7)", least=0, models=FULL)
     joint: bool = setting(False, "both phases in every step (author code; D5)", models=LATENTMAPS)
     normalise: bool = setting(True)  # Eq. (11)
     ae_share: float = setting(0.8)  # of the steps, for the first phase (D5)
@@ -270,14 +273,14 @@ class PointsConfig(LatentMapConfig):
 
 
 def preset(model=None, dataset=None, authors=False):
-    """The paper's values, then what the data set, the model and --authors change."""
+    """The paper's values, changed by data set, --authors and model. UserError: no such model."""
     model = model or "latentmap"
     dataset = dataset or "swissroll"
     if model not in MODELS:
         raise UserError(f"--model {model} is not one of {', '.join(MODELS)}")
     changes = DATASETS.get(dataset, {}) | TUNED.get((model, dataset), {})
     if authors and model in AUTHORS:
-        changes = changes | AUTHORS[model] | dict(authors=True)
+        changes |= AUTHORS[model] | dict(authors=True)
         if dataset in POINT_SETS:
             changes |= dict(prior="gauss")
     config = PointsConfig if dataset in POINT_SETS else LatentMapConfig
@@ -288,12 +291,13 @@ def preset(model=None, dataset=None, authors=False):
 
 
 def xavier(layer, gain=1.0):
+    """`layer` with Xavier's uniform weights, as in Mimicry."""
     nn.init.xavier_uniform_(layer.weight, gain)
     return layer
 
 
 def conv(c_in, c_out, kernel, gain=1.0, spectral=False, stride=1, bias=True):
-    """A convolution that keeps the size (odd kernel) or halves it (kernel 4, stride 2)."""
+    """A Xavier convolution that keeps the size (odd kernel) or halves it (kernel 4, stride 2)."""
     layer = xavier(nn.Conv2d(c_in, c_out, kernel, stride, (kernel - 1) // 2, bias=bias), gain)
     if bias:
         nn.init.zeros_(layer.bias)
@@ -315,7 +319,7 @@ class Up(nn.Module):
     def forward(self, x):
         h = self.conv1(self.enlarge(F.relu(self.first(x))))
         h = self.conv2(F.relu(self.second(h)))
-        return h + self.enlarge(self.shortcut(x))  # a 1 x 1 convolution is cheaper before this
+        return h + self.enlarge(self.shortcut(x))  # in this order cheaper, and the same
 
 
 class Down(nn.Module):
@@ -328,9 +332,10 @@ class Down(nn.Module):
         super().__init__()
         norm = nn.Identity if spectral else nn.BatchNorm2d
         c = c_out if first else c_in
+        before = [] if first else [norm(c_in), nn.ReLU()]
         self.residual = nn.Sequential(
-            *([] if first else [norm(c_in), nn.ReLU()]), conv(c_in, c, 3, 2**0.5, spectral),
-            norm(c), nn.ReLU(), conv(c, c_out, 3, 2**0.5, spectral), nn.AvgPool2d(2))
+            *before, conv(c_in, c, 3, 2**0.5, spectral), norm(c), nn.ReLU(),
+            conv(c, c_out, 3, 2**0.5, spectral), nn.AvgPool2d(2))
         self.shortcut = nn.Sequential(nn.AvgPool2d(2), conv(c_in, c_out, 1, spectral=spectral))
 
     def forward(self, x):
@@ -368,8 +373,8 @@ def mlp(n_in, hidden, n_out, norm=None, slope=0.0, depth=3):
     norm: "batch", BN before each ReLU; "spectral", of all linear layers but the last.
     """
     layers = []
-    for n in (n_in, *[hidden] * (depth - 1)):
-        layer = nn.Linear(n, hidden)
+    for width in [n_in] + [hidden] * (depth - 1):
+        layer = nn.Linear(width, hidden)
         layers.append(spectral_norm(layer) if norm == "spectral" else layer)
         if norm == "batch":
             layers.append(nn.BatchNorm1d(hidden))
@@ -378,7 +383,7 @@ def mlp(n_in, hidden, n_out, norm=None, slope=0.0, depth=3):
 
 
 def judge(dim, hidden, norm=None):
-    """D: codes (B, dim) -> (B,)."""
+    """D: codes (B, dim) -> logits (B,); norm: as of `mlp`."""
     return Network(*mlp(dim, hidden, 1, norm, slope=0.2), nn.Flatten(0))
 
 
@@ -422,6 +427,7 @@ def encoder_points(channels, n_out, width, spectral):
     return mlp(channels, width, n_out, slope=0.2 if spectral else 0.0)
 
 def decoder_points(latent, channels, width):
+    """Points (B, C), unbounded, ours."""
     return mlp(latent, width, channels)
 
 def encoder_roll(channels, n_out, width, spectral):
@@ -439,10 +445,13 @@ ENCODERS = {64: encoder_64, 32: encoder_32, "points": encoder_points, "swissroll
 DECODERS = {64: decoder_64, 32: decoder_32, "points": decoder_points, "swissroll3d": decoder_roll}
 
 
-# ---- Losses: means over the batch, to be minimised -----------------------------------------------
+# ---- Losses, to be minimised: scalars, means over the batch where nothing else is said -----------
 
 def interpolate(code, mu):
-    """mu E(x_1) + (1 - mu) E(x_2) below Eq. (9), x_1 the batch reversed (D2); (B, dim), (B,)."""
+    """mu E(x_1) + (1 - mu) E(x_2) below Eq. (9), x_1 the batch reversed (D2).
+
+    code (B, dim), mu (B,) -> (B, dim).
+    """
     mu = mu.reshape(-1, 1)
     return mu * code.flip(0) + (1 - mu) * code
 
@@ -483,7 +492,7 @@ def negative_elbo(x, x_hat, mu, log_var, beta):
     return (beta / 2 * squared_error(x, x_hat) + kl_normal(mu, log_var)).mean()
 
 def script_vae_loss(x, x_hat, mu, log_var, weight):
-    """LatentMap's authors' VAE: a mean squared error, plus the KL summed over the batch."""
+    """LatentMap's authors' VAE: the mean squared error, plus weight times the batch's summed KL."""
     return F.mse_loss(x_hat, x) + weight * kl_normal(mu, log_var).sum()
 
 def gan_loss_d(real, fake):
@@ -503,16 +512,16 @@ def introvae_loss_e(kl_real, kl_rec, kl_gen, x, x_rec, margin, alpha, beta):
     return (kl_real + alpha * made + beta / 2 * squared_error(x, x_rec)).mean()
 
 def introvae_loss_g(kl_rec, kl_gen, x, x_rec, alpha, beta):
-    """IntroVAE's Eq. (12), of the same (B,): G wants E to take what it makes for data."""
+    """IntroVAE's Eq. (12), of the same KLs (B,): G wants E to take what it makes for data."""
     return (alpha * (kl_rec + kl_gen) + beta / 2 * squared_error(x, x_rec)).mean()
 
 def script_introvae_loss_e(kl_real, kl_rec, kl_gen, x, x_rec, margin, alpha):
-    """LatentMap's authors' IntroVAE, of the same KLs (B,): the margin is that of their means."""
+    """LatentMap's authors' IntroVAE, of the same KLs (B,): their means are held to the margin."""
     made = F.relu(margin - kl_rec.mean()) + F.relu(margin - kl_gen.mean())
     return 5 * F.mse_loss(x_rec, x) + 0.001 * (kl_real.mean() + alpha * made)
 
 def script_introvae_loss_g(kl_rec, kl_gen, x, x_rec, alpha):
-    """LatentMap's authors' IntroVAE."""
+    """LatentMap's authors' IntroVAE: G's loss, of the same KLs (B,)."""
     return 5 * F.mse_loss(x_rec, x) + 0.001 * alpha * (kl_rec.mean() + kl_gen.mean())
 
 def kl_fit(code):
@@ -522,7 +531,7 @@ def kl_fit(code):
     return (mean.square() + var - var.log() - 1).mean() / 2
 
 def age_loss_e(real, fake, x, x_hat, mu):
-    """AGE: e maximises Delta(e(g(Z))) - Delta(e(X)); negated, plus mu |x - g(e(x))|."""
+    """AGE: e maximises Delta(e(g(Z))) - Delta(e(X)); negated, plus mu |x - g(e(x))|; (B, dim)."""
     return kl_fit(real) - kl_fit(fake) + mu * (x - x_hat).abs().mean()
 
 def age_loss_g(fake, z, lam):
@@ -560,13 +569,13 @@ class Autoencoder(nn.Module):
 
     A system adds `step(x)`; its other networks and optimisers; `code(x)` where that is not E(x);
     `to_code(z)` where that is not z; an entry in MODELS and in CLASSES. channels: of x; None: 3, or
-    2 of points.
+    2 of points in the plane.
     """
 
     map_from = 0  # the last step of the first phase, which only LatentMap has
     outputs = 1  # of E for each number of a code
     rivals = False  # whether E and G have an optimiser each, and none in common
-    embeds = False  # whether codes are put on the sphere, where the prior lies on one
+    embeds = False  # whether codes are put on the prior's sphere, if it has one
     embeds_authors = True
     radius = None  # that sphere's: sqrt(dim)
     radius_authors = 1.0
@@ -578,8 +587,9 @@ class Autoencoder(nn.Module):
         self.machine = machine or Machine()
         self.channels = channels or (2 if c.networks == "points" else 3)
         self.iteration = 0  # steps done
-        shape = self.channels, self.outputs * c.latent, c.width
-        self.E = self.place(Network(*ENCODERS[c.networks](*shape, spectral=False)))
+        n_out = self.outputs * c.latent
+        encoder = ENCODERS[c.networks](self.channels, n_out, c.width, spectral=False)
+        self.E = self.place(Network(*encoder))
         self.G = self.place(Network(*DECODERS[c.networks](c.latent, self.channels, c.width)))
         if self.constant("rivals"):
             self.optimiser_e = self.adam(self.E)
@@ -596,12 +606,11 @@ class Autoencoder(nn.Module):
         return self.machine.adam(parameters, c.lr, (c.beta1, c.beta2))
 
     def constant(self, name):
-        """The class attribute `name`, as there is one for each setting.
-
-        With --authors NAME_authors goes first; then that of the data set, then of its kind.
-        """
+        """The first there is of NAME_authors (with --authors), NAME_DATASET, NAME_KIND, NAME."""
         c = self.config
-        endings = ["_authors"] * c.authors + [f"_{c.dataset}", f"_{c.kind}", ""]
+        endings = [f"_{c.dataset}", f"_{c.kind}", ""]
+        if c.authors:
+            endings.insert(0, "_authors")
         return next(getattr(self, name + end) for end in endings if hasattr(self, name + end))
 
     def begin(self, x):
@@ -657,11 +666,11 @@ class Autoencoder(nn.Module):
 
 
 class LatentMap(Autoencoder):
-    """The paper's model (Fig. 2); without BN, and with omega1 = omega2 = 0, its ablations (Fig. 6).
+    """The paper's model (Fig. 2); its ablations have omega1 = omega2 = 0, one no BN (Fig. 6).
 
-    map_from: the step up to which `step` trains the autoencoder; then it trains the map. `build`
-    sets it; without it the autoencoder goes on until `model.map_from = model.iteration`.
-    It logs critic, Eq. (9); autoencoder, Eq. (10), and reconstruction, of that the first term;
+    map_from: the last step that trains the autoencoder; later ones train the map. `build` sets it
+    by the length of the run; without one, `model.map_from = model.iteration` begins the map.
+    It logs critic, Eq. (9); autoencoder, Eq. (10), and reconstruction, the first term of that;
     map_d, Eq. (12); map_g, Eq. (13).
     """
 
@@ -753,11 +762,11 @@ class LatentMap(Autoencoder):
 
 
 class VAE(Autoencoder):
-    """E gives mean and log variance of q(z|x), Eq. (2). It logs negative_elbo, kl, reconstruction.
+    """E gives mean and log variance of q(z|x), Eq. (3). It logs negative_elbo, kl, reconstruction.
 
     beta: p(x|z) has the variance 1 / beta; 2 makes its term the plain sum of squares (ours).
-    kl_weight: LatentMap's authors', which on 64 x 64 pixels and a batch of 64 is, up to a factor,
-    this loss at beta = .08; with --authors negative_elbo is theirs.
+    kl_weight: of LatentMap's authors' loss, logged as negative_elbo with --authors. For 3 x 64 x 64
+    numbers and a batch of 64 that is a multiple of ours at beta = .08.
     """
 
     outputs = 2
@@ -779,7 +788,7 @@ class VAE(Autoencoder):
 
     def reconstruct(self, x):
         """Through the mean of q(z|x); on the sphere, with --authors, through a draw, as in the
-        script: put there, the mean gains what is a draw's noise, a code that G never met."""
+        script. There the mean alone would be stretched to a code that G has never met."""
         return self.decode(self.latents(x) if self.config.prior == "sphere" else self.encode(x))
 
     def latents(self, x):
@@ -801,7 +810,7 @@ class VAE(Autoencoder):
 
 
 class AAE(Autoencoder):
-    """AAE, Eq. (5) at alpha = lambda = 1: a D matches codes to the prior; the order is ours.
+    """AAE, Eq. (5) at alpha = lambda = 1: a D matches codes to the prior. Order: E and G; D; E.
 
     E's second update is by the Adam of its first with --authors, else by one of its own. It logs
     reconstruction (D1); discriminator, D's loss; encoder, E's loss against D.
@@ -845,7 +854,8 @@ class AAE(Autoencoder):
             self.machine.descend(self.optimiser_d, loss_d)
         with self.machine.autocast():
             fake = self.D(code)
-        loss_e = self.constant("weight") * (hinge_loss_g if authors else gan_loss_g)(fake)
+        against_d = hinge_loss_g(fake) if authors else gan_loss_g(fake)
+        loss_e = self.constant("weight") * against_d
         self.machine.descend(self.optimiser_e, loss_e)
         return logged(reconstruction=reconstruction, discriminator=loss_d, encoder=loss_e)
 
@@ -877,7 +887,8 @@ class IntroVAE(VAE):
     """A VAE whose E tells data from what G makes, by the KL of their codes, item by item (ours).
 
     One alpha, its authors' for E (G has twice that there); margin and beta are ours. It logs
-    encoder, its Eq. (11); decoder, Eq. (12); kl_real, kl_gen, of data and samples; reconstruction.
+    encoder and decoder, IntroVAE's Eqs. (11), (12); kl_real, kl_gen, of data and samples;
+    reconstruction.
     """
 
     rivals = True
@@ -899,14 +910,13 @@ class IntroVAE(VAE):
             with torch.no_grad():
                 z_prior = self.prior(len(x))
                 x_gen = self.machine.without_running_stats(self.G, z_prior)
-            kl_rec = kl_normal(*self.posterior(x_rec.detach(), made=True))  # its ng(), Eq. (11)
+            kl_rec = kl_normal(*self.posterior(x_rec.detach(), made=True))  # IntroVAE's ng()
             kl_gen = kl_normal(*self.posterior(x_gen, made=True))
         kl_real = kl_normal(mu, log_var)
-        kls = kl_real, kl_rec, kl_gen
         if authors:
-            loss_e = script_introvae_loss_e(*kls, x, x_rec, margin, self.alpha)
+            loss_e = script_introvae_loss_e(kl_real, kl_rec, kl_gen, x, x_rec, margin, self.alpha)
         else:
-            loss_e = introvae_loss_e(*kls, x, x_rec, margin, self.alpha, beta)
+            loss_e = introvae_loss_e(kl_real, kl_rec, kl_gen, x, x_rec, margin, self.alpha, beta)
         self.machine.descend(self.optimiser_e, loss_e)
         with self.machine.autocast():  # the same codes, for the E just moved
             x_rec = self.machine.without_running_stats(self.G, z.detach())
@@ -925,9 +935,10 @@ class IntroVAE(VAE):
 class AGE(Autoencoder):
     """A game of G and E alone: E spreads the codes of samples off the prior, G brings them back.
 
-    Codes and prior are on the sphere. Its authors' code takes the variance for the deviation, which
-    is about twice the KL, so their weights 10 and 1000 are halved. It logs encoder and decoder, the
-    losses of E and G; kl_real, kl_gen, Delta of data's and samples' codes; reconstruction.
+    Codes and prior are on the sphere by default. Its authors' code takes the variance for the
+    deviation, and so gets about twice the KL: their weights 10 and 1000 are halved. It logs encoder
+    and decoder, the losses of E and G; kl_real, kl_gen, Delta of data's and samples' codes;
+    reconstruction.
     """
 
     rivals = True
@@ -965,10 +976,10 @@ class AGE(Autoencoder):
 class ALAE(Autoencoder):
     """F: z -> w, G: w -> x, E: x -> w, D: w -> logit: a GAN of G(F(z)) against D(E(x)).
 
-    Its third update holds F still and moves E and G by an Adam of its own (ours, and LatentMap's
-    authors'); with --authors it moves F too, by the Adams of the game. Then D is linear, and what
-    `encode`, `decode` and `sample` use are running means of the weights. It logs discriminator,
-    the loss of E and D without r1; r1, the penalty; generator, the loss of F and G; reciprocity.
+    Its third update holds F still, as LatentMap's authors' does, and moves E and G by an Adam of
+    its own (ours). With --authors it moves F too, by the Adams of the game; D is linear; `encode`,
+    `decode` and `sample` use running means of the weights. It logs discriminator, the loss of E
+    and D without r1; r1, the penalty; generator, the loss of F and G; reciprocity.
     """
 
     gamma = 10.0  # of R1 (its authors' code)
@@ -1044,7 +1055,8 @@ CLASSES |= dict(vae=VAE, aae=AAE, wae=WAE, introvae=IntroVAE, age=AGE, alae=ALAE
 def build(config, machine=None, channels=None, steps=None, steps_per_epoch=None):
     """The model that `config.model` names; LatentMap's first phase has ae_share of the `steps`.
 
-    Without steps it never ends. No learning rate decays in this file.
+    Without `steps` that phase never ends. channels: as of Autoencoder. steps_per_epoch is here as
+    in the other files, and not used: no learning rate decays in this one.
     """
     model = CLASSES[config.model](config, machine, channels)
     if steps and isinstance(model, LatentMap) and not config.joint:
@@ -1066,10 +1078,10 @@ def spearman(a, b):
     return torch.corrcoef(ranks)[0, 1].nan_to_num(0).item()
 
 def trustworthiness(x, code, k=12):
-    """Venna and Kaski 2001: 1 where the items of the k nearest codes are the k nearest by data.
+    """Venna and Kaski 2001: 1 if each item's k nearest by code are its k nearest by data.
 
-    Less for each intruder, by its rank among the data. x (n, ...), code (n, dim); ValueError
-    unless k < n / 2.
+    Each other one among them costs as its rank by data. x (n, ...), code (n, dim); ValueError
+    unless 0 < k < n / 2.
     """
     n = len(x)
     if not 0 < k < n / 2:
@@ -1086,11 +1098,10 @@ def trustworthiness(x, code, k=12):
 def nearest_distances(a, b):
     """Of each point of a (n, C) the distance to the nearest of b (m, C): (n,)."""
     exact = "donot_use_mm_for_euclid_dist"  # by products of matrices 0 would become some 1e-4
-    parts = [torch.cdist(part, b, compute_mode=exact).min(1).values for part in a.split(1000)]
-    return torch.cat(parts)
+    return torch.cat([torch.cdist(part, b, compute_mode=exact).amin(1) for part in a.split(1000)])
 
-# data.py's two Swiss rolls without chance, t from 1.5 to 4.5 pi; `unit` is its ROLL_UNIT. The depth
-# of the sheet is the second of three coordinates.
+# data.py's two Swiss rolls on a regular grid, t from 1.5 to 4.5 pi. `unit`, its ROLL_UNIT, divides
+# all coordinates. The depth of the sheet is the second of three.
 
 def spiral(n=5000, unit=4.5 * math.pi):
     """n points (n, 2) of the curve, equally spaced in t."""
@@ -1129,7 +1140,7 @@ def geometry(x, code, unit=None):
 
 
 def dots(points, reach, labels=None, classes=1):
-    """A scatter plot of points (n, 2) or (n, 3); without labels they are of one colour."""
+    """Points (n, 2) or (n, 3), within `reach`, as a picture (3, S, S); labels (n,) colour them."""
     if labels is None:
         labels = torch.zeros(len(points), dtype=torch.long)
     return metrics.scatter(data.oblique(points), labels, max(classes, 1), reach)
@@ -1142,11 +1153,13 @@ def draw_codes(path, code, made, z, labels, classes):
     Of more than two dimensions, the codes' first two principal components are shown. Draws nothing
     where codes have one dimension, or are not finite, which the metrics report.
     """
-    panels = {"prior": dots(z, reach=4)} if z.shape[1] == 2 else {}
     code = code.cpu().double()
     made = made.cpu().double()
     if code.shape[1] < 2 or not code.isfinite().all():
         return
+    panels = {}
+    if z.shape[1] == 2:
+        panels["prior"] = dots(z, reach=4)
     if code.shape[1] > 2:
         axes = torch.linalg.eigh(torch.cov(code.T)).eigenvectors[:, -2:].flip(1)  # (dim, 2)
         mean = code.mean(0)
@@ -1185,7 +1198,7 @@ def figures_of_images(model, folder, step, x, labels, classes):
     if not (folder / "figures/real.png").exists():
         metrics.save_grid(folder / "figures/real.png", x[:100])
     pairs = torch.stack([x[:50].cpu(), model.reconstruct(x[:50]).cpu()], dim=1).flatten(0, 1)
-    metrics.save_grid(folder / f"recon/{step:06d}.png", pairs)  # Fig. 8: an image, its own, ...
+    metrics.save_grid(folder / f"recon/{step:06d}.png", pairs)  # Fig. 8: x, x^, x, x^, ...
     if len(code) >= 20:  # Fig. 6: straight lines between the codes of two images
         ramp = torch.linspace(0, 1, 10, device=code.device)[:, None]
         lines = (1 - ramp) * code[:10, None] + ramp * code[10:20, None]  # (10, 10, dim)
@@ -1221,7 +1234,7 @@ def table(title, columns, rows):
     return dict(title=title, columns=columns, rows=flags)
 
 
-PUBLISHED = {  # Table 2: FID, MSE of CIFAR-10, then of CelebA (Table 1 has the latter, but FID 62)
+PUBLISHED = {  # Table 2: FID, MSE of CIFAR-10, then CelebA (as Table 1, but LatentMap's FID 62)
     "VAE": (189, 0.0626, 80, 0.0383), "AAE": (120, 0.0245, 101, 0.0255),
     "WAE": (173, 0.0607, 115, 0.0626), "IntroVAE": (133, 0.0492, 120, 0.0562),
     "AGE": (271, 0.0608, 116, 0.0889), "LatentMap": (None, None, 63, 0.0165),
@@ -1249,12 +1262,13 @@ TABLES = {
 # ---- Evaluation ----------------------------------------------------------------------------------
 
 CURVES = ("mse", "chamfer", "fid", "fcd", "latent_fd")  # drawn by epoch
-OF_G = ("chamfer", "gen_dist", "gen_gap", "coverage", "latent_fd")  # that g has a part in
-NEAR = 0.05  # a ninth of the gap between two turns of the roll
+OF_G = ("chamfer", "gen_dist", "gen_gap", "coverage", "latent_fd")  # of points and codes, by g
+NEAR = 0.05  # a ninth of the gap between two turns of the plane roll
 
 
 def point_metrics(model, test_set, samples):
-    """What metrics.Evaluator is for images, for points: how far all lies from the manifold.
+    """For points what metrics.Evaluator is for images. The manifold: a roll's curve or sheet,
+    else the first 5,000 test points.
 
     gen_dist, rec_dist      mean distance to it, of samples and of reconstructions
     gen_gap                 mean distance from it to the samples
@@ -1292,9 +1306,10 @@ def point_metrics(model, test_set, samples):
 
 
 def make_evaluator(config, machine, train_set, test_set):
-    """What measures a run's samples and reconstructions."""
-    kind = "points" if config.dataset == "digits" else config.kind  # ours: quick on two cores
-    usual = {"points": 5000, "digits": 10_000, "pictures": 50_000}[kind]  # CelebA: "50K"
+    """Of points a function model -> metrics; of images a metrics.Evaluator, with its errors."""
+    usual = {"points": 5000, "digits": 10_000, "pictures": 50_000}[config.kind]  # CelebA: "50K"
+    if config.dataset == "digits":
+        usual = 5000  # ours: quick on two cores
     samples = config.samples or usual
     if config.kind == "points":
         return lambda model: point_metrics(model, test_set, samples)
@@ -1307,8 +1322,8 @@ def make_evaluator(config, machine, train_set, test_set):
 
 
 def code_metrics(model, x, few=1000):
-    """latent_fd: Frechet distance of generated codes to those of x (n, ...) as G meets them; and
-    `geometry` of the first `few`. Returns (metrics, protocol)."""
+    """({latent_fd, and `geometry` of the first `few`}, protocol) of data x (n, ...). latent_fd: the
+    Frechet distance of n generated codes from x's codes, as G meets them in training."""
     code = torch.cat([model.encode(part).cpu() for part in x.split(250)])
     drawn = torch.cat([model.latents(part).cpu() for part in x.split(250)])
     z = model.prior(len(x), seed=2)
@@ -1326,20 +1341,20 @@ def code_metrics(model, x, few=1000):
 def evaluate(model, evaluator, folder, step, test, classes):
     """Pictures and metrics of one moment; the training's random numbers go on as they were.
 
-    Adds to the metrics of the evaluator and of `code_metrics` eval_s, seconds, and phase,
-    "autoencoder" where LatentMap's g has not been trained: then metrics OF_G are left out.
+    Returns the metrics of the evaluator and of `code_metrics`, and eval_s, the seconds. While
+    LatentMap's g is untrained, phase is "autoencoder" and no metric depends on g (pictures do).
     """
     began = time.time()
-    points = model.config.kind == "points"
     first_phase = step <= model.map_from
     with data.random_state_kept(0):  # evaluations compare models, not draws
-        (figures_of_points if points else figures_of_images)(model, folder, step, *test, classes)
-        if points:
+        if model.config.kind == "points":
+            figures_of_points(model, folder, step, *test, classes)
             result = evaluator(model)
         else:
+            figures_of_images(model, folder, step, *test, classes)
             result = evaluator(None if first_phase else model.sample, model.reconstruct)
         of_codes, protocol = code_metrics(model, test[0])
-    result["protocol"] = "; ".join(part for part in (result["protocol"], protocol) if part)
+    result["protocol"] += f"; {protocol}"
     result |= of_codes
     if first_phase:
         result = {name: value for name, value in result.items() if name not in OF_G}
@@ -1358,7 +1373,10 @@ def score_of(result):
 
 
 def train(config, machine, folder, checkpoint=None):
-    """Trains `config` in `folder`, from `checkpoint` if given. Returns the last evaluation."""
+    """Trains `config` in `folder`, from `checkpoint` if given. Returns the last evaluation.
+
+    Raises UserError for what cannot be trained, NotFinite for what is not a number.
+    """
     # Load, build, restore. The folder comes first: whether it can be written is seen before work.
     run = data.Run(folder, FILE, config, machine, checkpoint)
     train_set, test_set = data.load_pair(config.dataset, config.root, config.size)
