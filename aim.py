@@ -38,7 +38,6 @@ import signal
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 if __name__ == "__main__":  # Ctrl-C while torch is imported leaves no traceback
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
@@ -1210,7 +1209,7 @@ def main(argv=None):
         x = model.sample(config.batch)
         print(json.dumps(metrics.benchmark(model, x, args.bench, config.compile)))
         return 0
-    name = Path(config.dataset).name
+    name = os.path.basename(config.dataset)
     folder = data.run_folder(args, f"runs/{FILE}-{config.model}-{name}-s{config.seed}")
     if args.sample:
         model = build(config, machine, checkpoint["channels"])

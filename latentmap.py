@@ -32,7 +32,6 @@ import dataclasses
 import json
 import math
 import os
-import pathlib
 import signal
 import sys
 import time
@@ -1439,7 +1438,7 @@ def main(argv=None):
         return data.run_table(argv, FILE, TABLES, main)
     args, config, checkpoint = data.parse(argv, FILE, __doc__, preset, tables=TABLES)
     machine = Machine(*data.hardware(args.device, config.amp))
-    dataset = pathlib.Path(config.dataset).name
+    dataset = os.path.basename(config.dataset)
     folder = data.run_folder(args, f"runs/{FILE}-{config.model}-{dataset}-s{config.seed}")
     if args.bench:  # of LatentMap the first phase, the dearer one
         model = build(config, machine, data.channels_of(config.dataset))
