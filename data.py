@@ -1787,7 +1787,8 @@ def run_table(argv, file, tables, main):
 
     A table is a dict: title; columns, (heading, data set, metric) each, in % where the heading has
     the sign; rows, {name: (flags, then the published value of each column, or None)}; and, if need
-    be, choose, "min" over evaluations or "best" as best.pt; probe, a --probe of ivgen.py.
+    be, choose, "min" over evaluations or "best" as best.pt; probe, a --probe of ivgen.py; runs, the
+    table of the same runs: without --out they lie in its folder, and are trained once for both.
     """
     parser = Parser(prog=f"{file}.py", epilog="Other flags go to every row.", allow_abbrev=False)
     parser.add_argument("--table", choices=list(tables))
@@ -1812,7 +1813,8 @@ def run_table(argv, file, tables, main):
     if (folder / "results.jsonl").exists() and set(before) != {name}:
         raise UserError(f"{folder} holds other results than those of this table; choose another "
                         "folder with --out")
-    runs = table_runs(file, table, args.seeds, flags, folder)
+    shared = Path(f"runs/{file}-table{table.get('runs', args.table)}")
+    runs = table_runs(file, table, args.seeds, flags, folder if args.out else shared)
     check_flags(runs)
     here = [f"--{flag}={getattr(args, flag)}" for flag in ("device", "root") if getattr(args, flag)]
     missing = {} if args.report else train_runs(runs, here, table, main)
@@ -1821,6 +1823,7 @@ def run_table(argv, file, tables, main):
     text += ["", *table_notes(table, flags, runs, lines, waiting, missing)]
     if from_environment("RANK", "0") == 0:
         if lines:
+            folder.mkdir(parents=True, exist_ok=True)  # the runs may lie in that of another table
             save_atomic("\n".join(text) + "\n", folder / "table.md", write_text)
             numbers = "".join(json.dumps(line) + "\n" for line in lines)
             save_atomic(numbers, folder / "results.jsonl", write_text)

@@ -1345,7 +1345,7 @@ TABLES = {
               "mu = 1, k = 4": ("--mu 1 --mu-e 2", 39.7)}),
     "fig4": dict(
         title="IVGAN, Fig. 4: FID by epoch (curves in each run's figures/; here the minimum)",
-        choose="min",
+        choose="min", runs="2",
         columns=[("CIFAR-10", "cifar10", "fid"), ("LSUN church", "lsun-church", "fid")],
         rows={name.upper(): (f"--model {name}", None, None)
               for name in ("dcgan", "lsgan", "wgan", "wgan-gp", *WITH_E)}),
@@ -1359,7 +1359,7 @@ TABLES = {
               "IVAAE, radial": ("--model ivaae-rad", 50, 33, 80),
               "IVAAE, SVGD": ("--model ivaae-svgd", 49, None, None)}),
     "ivaae-2": dict(
-        title="IVAAE, Table 2: FLD at the best FID", choose="best",
+        title="IVAAE, Table 2: FLD at the best FID", choose="best", runs="ivaae-1",
         columns=[("MNIST", "mnist", "fld"), ("CelebA", "celeba", "fld"),
                  ("CIFAR-10", "cifar10", "fld")],
         rows={"WAE-MMD": ("--model wae-mmd", 0.05, 0.34, 10.9),
@@ -1374,11 +1374,13 @@ TABLES = {
               for model in ("aae", "ivaae-bw") for d in (16, 32, 64)}),
     "ivaae-fig3": dict(
         title="IVAAE, Fig. 3: the norm of E's gradient after 50 epochs", probe="discriminator",
+        runs="ivaae-fig2",
         columns=[("gradient", "mnist", "gradient")],
-        rows={"AAE": ("--model aae --epochs 50", None),
-              "IVAAE, blockwise": ("--model ivaae-bw --epochs 50", None)}),
+        rows={"AAE": ("--model aae --latent 16 --epochs 50", None),
+              "IVAAE, blockwise": ("--model ivaae-bw --latent 16 --epochs 50", None)}),
     "ivaae-fig5": dict(
         title="IVAAE, Fig. 5: error of a classifier on the frozen encoder", probe="classifier",
+        runs="ivaae-1",
         columns=[("error", "mnist", "error")],
         rows={"AAE (WAE-GAN)": ("--model aae", None), "IVAAE, radial": ("--model ivaae-rad", None),
               "IVAAE, SVGD": ("--model ivaae-svgd", None)}),

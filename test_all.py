@@ -5655,6 +5655,30 @@ def test_a_table_by_one_command(module, name, flags, metric, pictures, monkeypat
         assert (tmp_path / "t/results.jsonl").read_text() == held
 
 
+@pytest.mark.parametrize("module", PAPERS)
+def test_no_run_of_a_table_is_trained_for_another(module):
+    """Runs with the same flags lie in one folder, whichever table asks for them."""
+    found = {}
+    for name, table in module.TABLES.items():
+        folder = Path(table.get("runs", name))
+        for run in data.table_runs(module.FILE, table, 2, [], folder):
+            assert found.setdefault(tuple(run["flags"]), run["folder"]) == run["folder"]
+
+
+def test_a_table_of_another_tables_runs(pictures, monkeypatch, tmp_path, capsys):
+    """Two tables of the same runs: the second trains nothing. Each keeps its own numbers."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["--dataset", pictures, "--width", 4, "--batch", 8, "--samples", 50, "--steps", 1]
+    for name, trained in (("ivaae-2", 2), ("ivaae-1", 0)):
+        rows = dict(list(ivgen.TABLES[name]["rows"].items())[:2])
+        monkeypatch.setitem(ivgen.TABLES, name, ivgen.TABLES[name] | {"rows": rows})
+        assert cli(ivgen, "--table", name, "--device", "cpu", *flags) == 0
+        assert capsys.readouterr().out.count("\nrun: ") == trained
+    assert len(list(Path("runs/ivgen-tableivaae-1").glob("*/last.pt"))) == 2
+    lines = data.json_lines(Path("runs/ivgen-tableivaae-2/results.jsonl"))
+    assert [(line["row"], line["key"]) for line in lines] == [(row, "fld") for row in rows]
+
+
 # ==================================================================================================
 # speed: each method's step as the reader of its paper would first write it, beside ours
 # ==================================================================================================
