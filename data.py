@@ -31,6 +31,7 @@ import contextlib
 import dataclasses
 import datetime
 import difflib
+import fcntl
 import functools
 import hashlib
 import inspect
@@ -64,10 +65,6 @@ import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 # torchvision is imported where it is used: with it, --help and a mistake take twice as long.
 
 warnings.filterwarnings("ignore", module="PIL")  # What a user has to know is said in a sentence.
@@ -234,7 +231,7 @@ def fits(value, form):
     if isinstance(form, list):
         return isinstance(value, list) and all(fits(item, form[0]) for item in value)
     if form is float:
-        return type(value) in (int, float) and abs(value) < math.inf
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
     if form is int:
         return type(value) is int and 0 <= value < 2**62
     return isinstance(value, form)
@@ -1519,8 +1516,7 @@ class Run:
                 (self.folder / name).mkdir(parents=True, exist_ok=True)
             self.lock = open(self.folder / ".lock", "w")
             self.log_file = open(self.folder / "log.jsonl", "a")
-            if fcntl:
-                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another run writes to {self.folder}; wait for its end, or choose "
                             "another folder with --out") from None
@@ -1896,7 +1892,8 @@ def train_runs(runs, here, table, main):
         resume = ["--resume", str(run["folder"]), *here]
         fresh = [*run["flags"], *here, "--out", str(run["folder"])]
         try:
-            main(resume if (run["folder"] / "last.pt").exists() else fresh)
+            if not is_finished(run, {}):  # else it only lacks the probe, and stays as it is
+                main(resume if (run["folder"] / "last.pt").exists() else fresh)
             if table.get("probe"):
                 main([*resume, "--probe", table["probe"]])
         except (UserError, NotFinite) as error:

@@ -33,6 +33,7 @@ import itertools
 import json
 import math
 import os
+import resource
 import signal
 import sys
 import time
@@ -51,8 +52,6 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-with suppress(ImportError):  # Windows has none
-    import resource
 try:
     from data import (  # noqa: I001
         Dataset, NotFinite, Parser, UserError, cache_dir, compile_networks, fingerprint,
@@ -1254,10 +1253,9 @@ def benchmark(model, x, steps, compiled=False):
     began = time.perf_counter()
     run(steps)
     seconds = (time.perf_counter() - began) / steps
-    peak = 0
     if cuda:
         peak = torch.cuda.max_memory_allocated()
-    elif "resource" in globals():
+    else:
         unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB, macOS in bytes
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     rate = flops / seconds / 1e12

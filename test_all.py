@@ -4331,13 +4331,6 @@ def test_ctrl_c_while_torch_is_imported(tmp_path):
         assert process.communicate(timeout=30)[1] == "" and process.returncode == 130
 
 
-def test_every_file_is_imported_where_there_is_no_unix(monkeypatch):
-    for unix in ("fcntl", "resource"):
-        monkeypatch.setitem(sys.modules, unix, None)
-    for name in PRODUCT:
-        runpy.run_path(str(HERE / f"{name}.py"))
-
-
 def test_a_folder_has_one_writer(copied, fails):
     """Another process holds the run. When it is gone, the run goes on."""
     run = copied("aim")
@@ -5657,26 +5650,34 @@ def test_a_table_by_one_command(module, name, flags, metric, pictures, monkeypat
 
 @pytest.mark.parametrize("module", PAPERS)
 def test_no_run_of_a_table_is_trained_for_another(module):
-    """Runs with the same flags lie in one folder, whichever table asks for them."""
+    """Runs of equal settings, however their flags are written, lie in one folder."""
     found = {}
     for name, table in module.TABLES.items():
-        folder = Path(table.get("runs", name))
-        for run in data.table_runs(module.FILE, table, 2, [], folder):
-            assert found.setdefault(tuple(run["flags"]), run["folder"]) == run["folder"]
+        for run in data.table_runs(module.FILE, table, 2, [], Path(table.get("runs", name))):
+            settings = repr(settings_from(module, *run["flags"]))
+            assert found.setdefault(settings, run["folder"]) == run["folder"]
 
 
-def test_a_table_of_another_tables_runs(pictures, monkeypatch, tmp_path, capsys):
-    """Two tables of the same runs: the second trains nothing. Each keeps its own numbers."""
+def test_tables_of_the_same_runs(pictures, monkeypatch, tmp_path, capsys):
+    """The second trains nothing, the third only probes. Each has its own numbers."""
     monkeypatch.chdir(tmp_path)
+    probe = ivgen.probe_discriminator
+    monkeypatch.setattr(ivgen, "probe_discriminator", lambda net, x, _: probe(net, x, 3))
     flags = ["--dataset", pictures, "--width", 4, "--batch", 8, "--samples", 50, "--steps", 1]
-    for name, trained in (("ivaae-2", 2), ("ivaae-1", 0)):
-        rows = dict(list(ivgen.TABLES[name]["rows"].items())[:2])
-        monkeypatch.setitem(ivgen.TABLES, name, ivgen.TABLES[name] | {"rows": rows})
+    for name, trained, probed, change in (
+            ("ivaae-2", 2, 0, {}), ("ivaae-1", 0, 0, {}),
+            ("ivaae-fig5", 0, 2, {"probe": "discriminator", "columns": [("loss", "", "loss")]})):
+        rows = {row: ivgen.TABLES[name]["rows"][row] for row in ("AAE (WAE-GAN)", "IVAAE, radial")}
+        monkeypatch.setitem(ivgen.TABLES, name, ivgen.TABLES[name] | {"rows": rows} | change)
+        before = {path: path.read_bytes() for path in Path("runs").glob("*/*/*.*")}
         assert cli(ivgen, "--table", name, "--device", "cpu", *flags) == 0
-        assert capsys.readouterr().out.count("\nrun: ") == trained
+        out = capsys.readouterr().out
+        assert out.count("\nrun: ") == trained and out.count("after_step") == probed
+        assert all(path.read_bytes() == whole for path, whole in before.items())
     assert len(list(Path("runs/ivgen-tableivaae-1").glob("*/last.pt"))) == 2
-    lines = data.json_lines(Path("runs/ivgen-tableivaae-2/results.jsonl"))
-    assert [(line["row"], line["key"]) for line in lines] == [(row, "fld") for row in rows]
+    for name, key in (("ivaae-2", "fld"), ("ivaae-fig5", "loss")):
+        lines = data.json_lines(Path(f"runs/ivgen-table{name}/results.jsonl"))
+        assert [(line["row"], line["key"]) for line in lines] == [(row, key) for row in rows]
 
 
 # ==================================================================================================
