@@ -971,19 +971,16 @@ def build(config, machine=None, channels=None, steps=None, steps_per_epoch=None)
 def figures_points(model, folder, step, x, y, classes):
     """Fig. 3: (a) data x (n, C) of components y (n,), (b) codes, (c) reconstructed, (d) samples."""
     reach = 1.2 * data.oblique(x).abs().max().item()
-
-    def plot(points, labels):
-        return scatter(data.oblique(points), labels, classes, reach)
-
-    panels = {"data": plot(x, y)}
+    panels = {"data": scatter(x, y, classes, reach)}
     if model.E is not None:
         if model.latent == 2:
             panels["codes, 3 sigma"] = scatter(model.encode(x), y, classes, 3)
-        panels["reconstructions"] = plot(model.reconstruct(x), y)
+        panels["reconstructions"] = scatter(model.reconstruct(x), y, classes, reach)
         save_picture(folder / f"recon/{step:06d}.png", panels["reconstructions"])
     points = model.decode(fixed_noise(len(x), model.latent)).cpu()
     centres = torch.stack([x[y == i].mean(0) for i in range(classes)])
-    panels["samples"] = plot(points, torch.cdist(points, centres).argmin(1))  # by nearest mean
+    nearest = torch.cdist(points, centres).argmin(1)
+    panels["samples"] = scatter(points, nearest, classes, reach)
     save_picture(folder / f"samples/{step:06d}.png", panels["samples"])
     save_panels(folder / f"figures/panels-{step:06d}.png", panels)
 

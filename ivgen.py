@@ -251,7 +251,7 @@ class IVGANConfig(Settings):
         if self.model in IV and self.mu_e and not self.mu:
             raise UserError("--mu 0 leaves f untrained, so E has nothing to deceive: --mu-e 0 too")
         untrained = not self.mu_e and (not self.lam_e or self.e_sign == "code")
-        if self.model in WITH_E and untrained and (self.mu or self.lam):
+        if self.model in WITH_E and untrained and (self.mu or self.lam or self.lam_e):
             raise UserError("no term of E has a weight, so E would keep its initial weights: raise "
                             "--mu-e or --lam-e (--e-sign code has --mu-e alone)")
         if self.model in IV and self.latent % self.k:
@@ -549,8 +549,6 @@ class GAN(nn.Module):
             self.optimiser_g = self.machine.adam(self.G.parameters(), c.lr, betas)
         if self.E is not None:
             self.optimiser_e = self.machine.adam(self.E.parameters(), c.lr_e, betas)
-        for optimiser in data.optimisers_of(self).values():
-            optimiser.param_groups[0]["initial_lr"] = optimiser.param_groups[0]["lr"]
 
     def make_judges(self, channels):
         c = self.config
@@ -570,13 +568,13 @@ class GAN(nn.Module):
         """The images (B, C, S, S) of codes z (B, d), as D judges them."""
         return self.G(z)
 
-    def set_rates(self):
-        """The learning rates of this iteration (D8)."""
+    def begin(self, x):
+        """Sets the learning rates of this iteration (D8). Returns x in the networks' format."""
         if self.config.decay == "linear" and self.steps:
             factor = min(1.0, max(0.0, 2 - 2 * self.iteration / self.steps))
             for optimiser in data.optimisers_of(self).values():
-                group = optimiser.param_groups[0]
-                group["lr"] = group["initial_lr"] * factor
+                optimiser.param_groups[0]["lr"] = factor * optimiser.defaults["lr"]
+        return x.to(memory_format=torch.channels_last)
 
     def noisy(self, x):
         """Instance noise on what D judges (Sec. 5; D7)."""
@@ -588,8 +586,7 @@ class GAN(nn.Module):
     def step(self, x):
         """One iteration on images x (B, C, S, S) in [-1, 1]. Returns its losses as scalars."""
         c = self.config
-        self.set_rates()
-        x = x.to(memory_format=torch.channels_last)
+        x = self.begin(x)
         moves_g = (self.iteration + 1) % c.steps_of_d == 0      # D10
         z = self.prior(c.pack * len(x))
         with self.machine.autocast(), torch.set_grad_enabled(moves_g):
@@ -660,8 +657,7 @@ class IVGAN(GAN):
         m = self.machine
         if not (c.mu or c.lam or c.mu_e or c.lam_e):
             return super().step(x)                              # without its terms it is the GAN
-        self.set_rates()
-        x = x.to(memory_format=torch.channels_last)
+        x = self.begin(x)
         with m.autocast():                                      # lines 2-8, once for all losses
             x_z = self.G(self.prior(len(x)))
             x_hat, w_i, index, x_i = self.intervene(x)
@@ -722,8 +718,7 @@ class MRGAN(GAN):
     def step(self, x):
         """One iteration on images x (B, C, S, S) in [-1, 1]. Returns its losses as scalars."""
         c = self.config
-        self.set_rates()
-        x = x.to(memory_format=torch.channels_last)
+        x = self.begin(x)
         with self.machine.autocast():
             x_z = self.G(self.prior(len(x)))
             x_hat = self.machine.without_running_stats(self.G, self.E(x).float())
@@ -778,8 +773,7 @@ class UnrolledGAN(GAN):
 
     def step(self, x):
         """One iteration on images x (B, C, S, S) in [-1, 1]. Returns its losses as scalars."""
-        self.set_rates()
-        x = x.to(memory_format=torch.channels_last)
+        x = self.begin(x)
         with self.machine.autocast():
             x_z = self.G(self.prior(len(x)))
         fake = self.noisy(x_z)
@@ -832,8 +826,7 @@ class VEEGAN(GAN):
 
     def step(self, x):
         """Algorithm 1 of its paper on images x (B, C, S, S) in [-1, 1]. Returns its losses."""
-        self.set_rates()
-        x = x.to(memory_format=torch.channels_last)
+        x = self.begin(x)
         z = self.prior(len(x))
         with self.machine.autocast():
             x_z = self.G(z)
@@ -1131,14 +1124,15 @@ class AutoEncoder(nn.Module):
         groups = [group | dict(initial_lr=group["lr"]) for group in groups]
         return self.machine.adam(groups, self.config.lr, (0.5, 0.999))      # D14
 
-    def set_rates(self):
-        """The learning rates' decay by epoch (Sec. 4), by the same factor for all networks."""
+    def begin(self, x):
+        """Sets the rates, which decay by epoch (Sec. 4). Returns x in the networks' format."""
         epoch = self.iteration / self.steps_per_epoch if self.steps_per_epoch else 0.0
         reached = [value for start, value in self.config.decay if epoch >= start]
         factor = reached[-1] if reached else 1.0
         for optimiser in data.optimisers_of(self).values():
             for group in optimiser.param_groups:
                 group["lr"] = factor * group["initial_lr"]
+        return x.to(memory_format=torch.channels_last)
 
     def decode(self, z):
         """Codes (n, d) -> images (n, C, S, S) in [-1, 1]."""
@@ -1186,8 +1180,7 @@ class IVAAE(AutoEncoder):
 
     def step(self, x):
         """One iteration of Algorithm 1 on images x (B, C, S, S) in [-1, 1]. Returns its losses."""
-        x = x.to(memory_format=torch.channels_last)
-        self.set_rates()
+        x = self.begin(x)
         with self.machine.autocast():
             z = self.E(x).float()                                           # line 4
             rec = squared_error(self.G(z), x)                               # line 5
@@ -1217,8 +1210,7 @@ class WAE(AutoEncoder):
 
     def step(self, x):
         """One iteration on images x (B, C, S, S) in [-1, 1]. Returns its losses as scalars."""
-        x = x.to(memory_format=torch.channels_last)
-        self.set_rates()
+        x = self.begin(x)
         with self.machine.autocast():
             z = self.E(x).float()
             rec = squared_error(self.G(z), x)

@@ -1007,7 +1007,7 @@ class ALAE(Autoencoder):
         return self.infer(self.shown["G"], z)
 
     def average(self):
-        """Running means of weights and statistics, with a half-life of 10,000 items."""
+        """Running means of weights and statistics, with a half-life of 10,000 items (of a rank)."""
         share = 1 - 0.5 ** (self.config.batch / 10_000)
         for name, mean in self.shown.items():
             now = getattr(self, name).state_dict()
@@ -1138,13 +1138,6 @@ def geometry(x, code, unit=None):
 # ---- Figures -------------------------------------------------------------------------------------
 
 
-def dots(points, reach, labels=None, classes=1):
-    """Points (n, 2) or (n, 3), within `reach`, as a picture (3, S, S); labels (n,) colour them."""
-    if labels is None:
-        labels = torch.zeros(len(points), dtype=torch.long)
-    return metrics.scatter(data.oblique(points), labels, max(classes, 1), reach)
-
-
 def draw_codes(path, code, made, z, labels, classes):
     """Fig. 5: codes (n, dim) by label, generated (m, dim), z of a plane prior.
 
@@ -1158,15 +1151,15 @@ def draw_codes(path, code, made, z, labels, classes):
         return
     panels = {}
     if z.shape[1] == 2:
-        panels["prior"] = dots(z, reach=4)
+        panels["prior"] = metrics.scatter(z, None, 1, reach=4)
     if code.shape[1] > 2:
         axes = torch.linalg.eigh(torch.cov(code.T)).eigenvectors[:, -2:].flip(1)  # (dim, 2)
         mean = code.mean(0)
         code = (code - mean) @ axes
         made = (made - mean) @ axes
     reach = 1.2 * max(code.abs().max().item(), 1e-3)
-    panels["codes of the data"] = dots(code, reach, labels, classes)
-    panels["codes made from the prior"] = dots(made, reach)
+    panels["codes of the data"] = metrics.scatter(code, labels, classes, reach)
+    panels["codes made from the prior"] = metrics.scatter(made, None, 1, reach)
     metrics.save_panels(path, panels)
 
 
@@ -1178,9 +1171,9 @@ def figures_of_points(model, folder, step, x, labels, classes):
     points = model.decode(made).cpu()
     reach = 1.2 * data.oblique(x).abs().max().item()
     nearest = torch.cat([torch.cdist(part, x).argmin(1) for part in points.split(1000)])
-    panels = {"data": dots(x, reach, labels, classes),
-              "reconstructions": dots(model.decode(code), reach, labels, classes),
-              "samples": dots(points, reach, labels[nearest], classes)}
+    panels = {"data": metrics.scatter(x, labels, classes, reach),
+              "reconstructions": metrics.scatter(model.decode(code), labels, classes, reach),
+              "samples": metrics.scatter(points, labels[nearest], classes, reach)}
     metrics.save_picture(folder / f"samples/{step:06d}.png", panels["samples"])
     metrics.save_picture(folder / f"recon/{step:06d}.png", panels["reconstructions"])
     metrics.save_panels(folder / f"figures/panels-{step:06d}.png", panels)
@@ -1385,7 +1378,7 @@ def train(config, machine, folder, checkpoint=None):
     steps = config.steps or math.ceil(config.epochs * batches.steps_per_epoch)
     if checkpoint and not run.other_data:
         steps = max(steps, checkpoint["step"])
-    eval_every = config.eval_every or math.ceil(steps / 12)  # ours: twelve evaluations
+    eval_every = config.eval_every or math.ceil(steps / 12)  # ours: at most twelve
     torch.manual_seed(config.seed)  # all ranks build the same networks
     model = build(config, machine, train_set.channels, steps)
     evaluator = make_evaluator(config, machine, train_set, test_set) if run.main else None

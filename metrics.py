@@ -1141,10 +1141,16 @@ def save_grid(path, x, columns=10):
 
 
 def scatter(points, labels, classes, reach, side=420):
-    """Points (n, 2) within [-reach, reach]^2 as dots, coloured by label (n,): (3, side, side)."""
+    """Points (n, 2), or (n, 3) seen obliquely, within [-reach, reach]^2 as dots: (3, side, side).
+
+    labels: (n,) of 0 to classes - 1, a colour each; None: all of one colour.
+    """
+    if labels is None:
+        labels = torch.zeros(len(points), dtype=torch.long)
+        classes = 1
     hues = [i * 0.618 % 1 for i in range(classes)]  # golden ratio: neighbouring labels differ
     colours = torch.tensor([colorsys.hsv_to_rgb(hue, 1, 0.85) for hue in hues]).T  # (3, classes)
-    at = ((points.cpu().float() + reach) / (2 * reach) * side).long()
+    at = ((oblique(points).cpu().float() + reach) / (2 * reach) * side).long()
     inside = ((at >= 1) & (at < side - 1)).all(1)
     across, up = at[inside].T
     colour = colours[:, labels.cpu()[inside]]
@@ -1211,7 +1217,7 @@ def draw_samples(model, folder, n, seed=0):
         rows = [",".join(f"{value:.6g}" for value in row) + "\n" for row in points.tolist()]
         save_atomic("".join(rows), drawn / "points.csv", write_text)
         flat = oblique(points)
-        picture = scatter(flat, torch.zeros(n, dtype=torch.long), 1, 1.2 * flat.abs().max())
+        picture = scatter(flat, None, 1, 1.2 * flat.abs().max())
         save_picture(drawn.with_suffix(".png"), picture)
     else:
         for old in drawn.glob("[0-9]*.png"):
