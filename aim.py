@@ -460,7 +460,7 @@ class Table4(Networks):
     d = 64
     c = 3
     slope = 0.2
-    numbers = 128
+    numbers = 128  # times w: 8 w x 4 x 4
 
     def generator(self):  # (B, d) -> (B, c, 64, 64) in [-1, 1]
         w = self.w
@@ -961,7 +961,10 @@ CLASSES = {"aim": AIM, "aim-minus": AIM, "aim-fgan": AIM, "gan": GAN, "pacgan": 
 
 
 def build(config, machine=None, channels=None, steps=None, steps_per_epoch=None):
-    """The system `config.model`, with GAN's arguments. To add one: MODELS and CLASSES."""
+    """The system `config.model`, with GAN's arguments.
+
+    To add one: a subclass of GAN, its name in MODELS and CLASSES.
+    """
     return CLASSES[config.model](config, machine, channels, steps, steps_per_epoch)
 
 
@@ -1134,7 +1137,8 @@ def evaluate(model, evaluator, folder, step, test, classes):
 
 
 def score_of(result):
-    """best.pt has the least of this: -(modes + quality), or fid, fcd, kl, mse, the first there."""
+    """What best.pt is chosen by, the less the better: of mixtures -(modes + high_quality), else the
+    first measured of fid, fcd, kl, mse."""
     if "high_quality" in result:
         return -result["modes"] - result["high_quality"]
     return metrics.best_first(result, data.SCORES)

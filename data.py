@@ -1471,7 +1471,7 @@ class Run:
                   since the line before, or an evaluation: `steps`, the length of the run, its
                   metrics, and `protocol`, what they were computed from
     samples/, recon/, figures/   pictures by step
-    last.pt, best.pt             checkpoints: the latest, and that of the best evaluation
+    last.pt, best.pt             checkpoints: the latest, and the best by the file's `score_of`
     drawn/, probe-NAME.jsonl     what --sample and --probe leave
     tensorboard/                 with --tensorboard: losses, metrics, samples, reconstructions
 
@@ -1765,7 +1765,7 @@ class Run:
 
 # ---- A table of a paper by one command -----------------------------------------------------------
 
-SCORES = ("fid", "fcd", "kl", "mse")  # best.pt has the least of the first that is measured
+SCORES = ("fid", "fcd", "kl", "mse")  # by the first that is measured: `score_of` of each file
 
 
 def asks_for_table(argv):

@@ -143,9 +143,9 @@ class Machine:
 #         Sec. 5 wants one D for all. With the first BN LSGAN and PacDCGAN (width 8) make grey
 #         pictures of stacked MNIST, which count as 1 and 2 modes of 1,000; without it LSGAN has 940
 #         (assets/RESULTS.md).
-# | D3  | E maximises f's loss         | minimises it alone    | as the paper           | --e-sign |
-#         Lines 15, 17 print "+ alpha": read literally, G and E ascend and help f, as E does in the
-#         code.
+# | D3  | E fools f, by the text       | E helps f, no L_recon | as the text            | --e-sign |
+#         But lines 15, 17 print "+ alpha": read literally, G and E ascend and help f, as E does in
+#         the code.
 # | D4  | "number of inner iteration"  | ten steps of E        | one step of each       | --e-steps|
 #         The code's ten steps share one i and one noise; here each further step draws its own.
 # | D5  | l1 norm in Eq. (6)           | mean (L1Loss)         | mean absolute error    |          |
@@ -166,7 +166,8 @@ class Machine:
 #         G moves every fifth step, so that each step of D sees a fresh batch.
 # | D11 | alpha / 2n in line 10        | sum of two means      | mean over 2n images    |          |
 #         WGAN and WGAN-GP keep the sum, to which the penalty's weight 10 belongs. LSGAN's G has its
-#         paper's 1/2, the code none. So beside L_adv the other terms weigh twice as much as there.
+#         paper's 1/2, the code none. So beside L_adv the other terms weigh twice as much as there,
+#         but for IVDCGAN's G.
 # | D12 | BN's running statistics: silent | follow all batches | G's follow z, E's x    |          |
 #         E's rate is 50 times G's: each evaluation takes E's statistics anew from training images.
 #
@@ -493,6 +494,7 @@ def reconstruction_loss(x, x_hat, w_i, w_hat):
     """L_recon of Eq. (6): |G(E(x)) - x| + |E(G(O_i(w))) - O_i(w)|, each a mean per element (D5).
 
     x, x_hat: (B, C, S, S); w_i, w_hat: (B, d). A scalar. Eqs. (7) to (10) only prove Theorem 4.
+    E has a gradient through w_i, too.
     """
     pixels = (x_hat.float() - x.float()).abs().mean()
     codes = (w_hat.float() - w_i.float()).abs().mean()
@@ -500,7 +502,7 @@ def reconstruction_loss(x, x_hat, w_i, w_hat):
 
 
 def model_loss(adversarial, reconstruction, intervention, lam, mu):
-    """L_model of Eq. (11)."""
+    """L_model of Eq. (11), which G descends; intervention: L_IV = -V_class."""
     return adversarial + lam * reconstruction + mu * intervention
 
 
@@ -555,7 +557,8 @@ class GAN(nn.Module):
         self.D = Discriminator(convolutions(c, c.pack * channels, c.d_norm), c.k)   # f: for IV only
         self.E = None
         if c.model in WITH_E:
-            self.E = Encoder(convolutions(c, channels, "dcgan"), c.latent)
+            trunk = convolutions(c, channels, "dcgan")                      # Table 1 has no BN in
+            self.E = Encoder(trunk, c.latent)                               # E's first layer
 
     def prior(self, n):
         return self.from_normal(torch.randn(n, self.config.latent, device=self.machine.device))
@@ -1007,7 +1010,7 @@ def median_bandwidth(z, scale=100.0):
 def svgd_step(z, bandwidth, epsilon=1.0):
     """Eq. (2), as printed: one Stein variational gradient step of z (n, d) towards N(0, I).
 
-    Exact where particles coincide. Forms n x n x d numbers. Returns (n, d), differentiable in z.
+    Particles may coincide. Forms n x n x d numbers. Returns (n, d), differentiable in z.
     """
     difference = z[:, None] - z[None, :]                        # (i, j, d): z_i - z_j
     k = torch.exp(-difference.square().sum(2) / bandwidth)      # (i, j): k(z_j, z_i)
@@ -1397,7 +1400,11 @@ def preset(model=None, dataset=None, network=None):
 
 
 def build(config, machine=None, channels=3, steps=None, steps_per_epoch=None):
-    """The model of these settings. To add one: a class, its place here, its name in *_MODELS."""
+    """The model of these settings.
+
+    To add one: a class whose `step` counts `iteration`, its place here, its name in *_MODELS, and
+    in WITH_E if it has Table 1's E.
+    """
     if isinstance(config, IVAAEConfig):
         kind = WAE if config.model == "wae-mmd" else IVAAE
         return kind(config, machine, channels, steps_per_epoch)

@@ -455,7 +455,10 @@ def interpolate(code, mu):
     return mu * code.flip(0) + (1 - mu) * code
 
 def critic_loss(d_x, d_blend, d_mu, mu, lam):
-    """Eq. (9): d's outputs (B,) on x, on gamma x + (1 - gamma) x^ and on x_mu; mu (B,)."""
+    """Eq. (9): d's outputs (B,) on x, gamma x + (1 - gamma) x^ and x_mu; mu (B,).
+
+    Their targets are 0, lambda and mu + lambda.
+    """
     data_term = d_x.square().mean()
     blend_term = (d_blend - lam).square().mean()
     interpolation_term = (d_mu - mu - lam).square().mean()
@@ -1055,7 +1058,8 @@ def build(config, machine=None, channels=None, steps=None, steps_per_epoch=None)
     """The model that `config.model` names; LatentMap's first phase has ae_share of the `steps`.
 
     Without `steps` that phase never ends. channels: as of Autoencoder. steps_per_epoch is here as
-    in the other files, and not used: no learning rate decays in this one.
+    in the other files, and not used: no learning rate decays in this one. To add a system: see
+    Autoencoder.
     """
     model = CLASSES[config.model](config, machine, channels)
     if steps and isinstance(model, LatentMap) and not config.joint:
@@ -1355,7 +1359,8 @@ def evaluate(model, evaluator, folder, step, test, classes):
 
 
 def score_of(result):
-    """What best.pt is chosen by, the less the better; None in the first phase (D5)."""
+    """What best.pt is chosen by, the less the better: the first measured of chamfer, fid, fcd, kl,
+    mse; None in the first phase (D5)."""
     if "phase" in result:
         return None
     return metrics.best_first(result, ("chamfer", *data.SCORES))

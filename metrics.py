@@ -1000,7 +1000,7 @@ class Evaluator:
                 self.extractors.insert(0, self.classifier)
         elif not inception:
             print(f"{train.name} has no labels, or of one class only, in train or test: only "
-                  "Inception can score samples", file=sys.stderr)
+                  "Inception can score samples (--inception auto)", file=sys.stderr)
         self.li = ClassifierFeatures(train, test, device, root, LI) if li else None
         self.reference = {extract.metric: (test, self.count) for extract in self.extractors}
         fid_on_train = fid_on_train or FID_ON_TRAIN.get(train.name)
