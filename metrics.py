@@ -1216,8 +1216,7 @@ def draw_samples(model, folder, n, seed=0):
         points = finite(model.sample(n), "samples").cpu()
         rows = [",".join(f"{value:.6g}" for value in row) + "\n" for row in points.tolist()]
         save_atomic("".join(rows), drawn / "points.csv", write_text)
-        flat = oblique(points)
-        picture = scatter(flat, None, 1, 1.2 * flat.abs().max())
+        picture = scatter(points, None, 1, reach=1.2 * oblique(points).abs().max())
         save_picture(drawn.with_suffix(".png"), picture)
     else:
         for old in drawn.glob("[0-9]*.png"):
